@@ -1,0 +1,1 @@
+"""Save, load, import and export."""

@@ -1,0 +1,1 @@
+"""Settings: dataclasses, command line, YAML, validation, presets."""

@@ -1,0 +1,332 @@
+"""Every setting of the product, once: flag name, YAML key, default and help text.
+
+A field `micro_batch_size` is the flag `--micro-batch-size` and the YAML key `micro_batch_size`. The
+classes are only groups for `--help`; names are unique over all of them, so both flags and YAML are flat.
+Relations between fields are checked in `validate.py`, presets are filled in by `presets.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Objective = Literal["ntp", "online-dpo", "rf-nll", "sft-rewrite", "sft-rollout", "dpo-rewrite-over-rollout"]
+PoolMember = Literal["original", "rewrite", "rollout"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Llama architecture. A preset fills what is not given; given values win."""
+
+    model_preset: str | None = None
+    """One of llama-tiny, smollm2-135m, llama-1.4b, llama3.2-1b, llama3-8b, or none: give every size yourself."""
+    num_layers: int | None = None
+    """Transformer layers."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the SwiGLU feed-forward."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key and value heads (GQA); must divide the query heads."""
+    kv_channels: int | None = None
+    """Width of one head; default hidden-size / num-attention-heads."""
+    max_position_embeddings: int | None = None
+    """Longest position the rotary embedding is meant for."""
+    rotary_base: float | None = None
+    """Base of the rotary frequencies (rope theta)."""
+    rope_scaling_factor: float | None = None
+    """Llama-3 rope scaling factor; none switches rope scaling off."""
+    rope_low_freq_factor: float = 1.0
+    """Llama-3 rope scaling: low frequency factor."""
+    rope_high_freq_factor: float = 4.0
+    """Llama-3 rope scaling: high frequency factor."""
+    rope_original_max_position: int = 8192
+    """Llama-3 rope scaling: context length before the scaling."""
+    norm_epsilon: float | None = None
+    """Epsilon of RMSNorm."""
+    untie_embeddings_and_output_weights: bool | None = None
+    """Separate input embedding and LM head."""
+    vocab_size: int | None = None
+    """Real vocabulary; default the tokenizer's (or the loaded checkpoint's). It is padded for tensor parallel."""
+    make_vocab_size_divisible_by: int = 128
+    """The padded vocabulary is a multiple of this times the tensor parallel size."""
+    init_method_std: float = 0.02
+    """Standard deviation of the weight initialisation."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation; auto takes Transformer Engine where it imports and a GPU is there."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Activation recomputation, as in Megatron."""
+    recompute_num_layers: int = 1
+    """Layers of one recomputed block with full recomputation."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each matrix (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that share the layers (PP)."""
+    context_parallel_size: int = 1
+    """Ranks that share a sequence (CP); only 1 is supported by the shared-prefix attention."""
+    sequence_parallel: bool = False
+    """Spread norms and residuals over the TP ranks along the sequence."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer state over data parallel ranks; needs CUDA with Transformer Engine or apex."""
+    overlap_grad_reduce: bool = False
+    """Overlap the gradient reduction with the backward pass."""
+    distributed_timeout_minutes: int = 10
+    """Time-out of one collective."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The corpus and how its documents are cut."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin/.idx corpora made by tools/preprocess_data.py; several are concatenated."""
+    tokenizer_type: Literal["HuggingFaceTokenizer"] = "HuggingFaceTokenizer"
+    """Kind of tokenizer."""
+    tokenizer_model: str | None = None
+    """Folder with tokenizer.json (or a hub name that is cached)."""
+    split_mode: Literal["random", "walk"] = "random"
+    """random: one seeded cut per document and epoch; walk: suffix after suffix along the document."""
+    seq_length: int = 2048
+    """Longest prefix plus suffix, in tokens."""
+    suffix_length: int = 128
+    """Tokens of a suffix (N)."""
+    min_prefix_length: int = 16
+    """Shortest prefix that is used."""
+    max_prefix_length: int | None = None
+    """Longest prefix; default seq-length minus suffix-length."""
+    min_document_length: int | None = None
+    """Shorter documents are skipped and counted; default min-prefix-length plus suffix-length."""
+    data_cache_path: str | None = None
+    """Folder for the index of cuts; default beside the corpus, or the system's cache folder."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    objective: Objective = "online-dpo"
+    """What is trained (paper sections 2 and 5, and its baselines)."""
+    micro_batch_size: int = 1
+    """Rows (pairs) of one forward pass on one data parallel rank."""
+    global_batch_size: int = 8
+    """Prefixes of one step over all ranks."""
+    train_iters: int = 100
+    """Steps; a resumed run goes on to this number."""
+    seed: int = 1234
+    """Seed of initialisation, cuts, orders and rollouts."""
+    bf16: bool = False
+    """Weights and activations in bfloat16 with fp32 main weights; default fp32."""
+    max_skipped_iterations: int = 10
+    """Stop after this many non-finite steps in a row."""
+    exit_duration_in_mins: float | None = None
+    """Save and exit after this many minutes."""
+    num_threads: int = 1
+    """CPU threads of one rank."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 5e-6
+    """Peak learning rate."""
+    min_lr: float | None = None
+    """Final learning rate; default a tenth of --lr (paper appendix)."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    lr_decay_iters: int | None = None
+    """Steps of the decay; default --train-iters."""
+    weight_decay: float = 0.1
+    """AdamW weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW beta 1."""
+    adam_beta2: float = 0.95
+    """AdamW beta 2."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon; 1e-4 lessens divergence in online DPO (arXiv 2506.21495)."""
+    clip_grad: float = 1.0
+    """Global gradient norm clip; 0 switches it off."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the policy writes its continuations."""
+
+    num_rollouts: int = 16
+    """Rollouts per prefix (K)."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling mass."""
+    rollout_stop_at_eod: bool = False
+    """Let a rollout end at end-of-document; otherwise that token is never sampled."""
+    rollout_batch_size: int | None = None
+    """Prefixes of one rollout wave on one data parallel rank; default all."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Which candidates compete, and how a pair is made of their scores."""
+
+    pool: tuple[PoolMember, ...] = ("original", "rollout")
+    """Kinds of candidates in the pool."""
+    beta: float = 0.1
+    """Strength of the DPO constraint."""
+    length_normalization: bool = False
+    """Divide summed log-probabilities by suffix length in the DPO loss."""
+    nll_weight: float = 0.0
+    """Weight of an NLL term on the chosen suffix beside DPO."""
+    prefix_ntp_weight: float = 0.0
+    """Weight of a next-token term on the prefix: one step is both plain pretraining and SIP."""
+    min_answered_fraction: float = 0.5
+    """A score needs at least this share of its planned verdicts, otherwise the candidate leaves the pool."""
+    curriculum: Literal["none", "schedule"] = "none"
+    """schedule: rollouts off for the first steps, then K ramps up; see the next flags."""
+    curriculum_rollout_start: int = 0
+    """First iteration with rollouts under the schedule."""
+    curriculum_rollout_ramp: int = 0
+    """Iterations over which K grows from 1 to --num-rollouts."""
+    curriculum_bonus: float = 0.0
+    """Score bonus of original and rewrite at iteration 0 of the schedule."""
+    curriculum_bonus_iters: int = 0
+    """Iterations over which that bonus decays to 0."""
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The reference policy of DPO, kept in host memory."""
+
+    reference: Literal["ema", "periodic", "frozen"] = "ema"
+    """ema: moving average of the policy; periodic: a copy every interval; frozen: the policy at the start."""
+    reference_update_interval: int = 10
+    """Optimizer steps between two updates."""
+    reference_ema_decay: float = 0.95
+    """Share of the old reference that an update keeps."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Judges, their servers and how their verdicts are read. A judge with weight 0 is not asked."""
+
+    judge_url: tuple[str, ...] = ()
+    """Base URLs of OpenAI-compatible servers, such as http://127.0.0.1:8100/v1. The key: env JUDGE_API_KEY."""
+    judge_model: str | None = None
+    """Model name on the server; default the only one it serves."""
+    judge_max_context: int | None = None
+    """Context of the judge in tokens; default what the server reports. Longer prompts lose prefix tokens."""
+    quality_weight: float = 1.0
+    """Weight of the pairwise quality judge."""
+    safety_weight: float = 0.0
+    """Weight of the pointwise safety judge."""
+    factuality_weight: float = 0.0
+    """Weight of the pointwise factuality judge."""
+    likelihood_weight: float = 0.0
+    """Weight of the conditional likelihood of the suffix under the judge model."""
+    classifier_weight: float = 0.0
+    """Weight of the local safety classifier."""
+    classifier: Literal["profanity-check", "toxic-bilstm"] = "profanity-check"
+    """Local safety classifier."""
+    judge_interval: int = 1
+    """Ask the quality, safety and factuality judges every this many iterations; likelihood and classifier always."""
+    judge_reading: Literal["generate", "logit"] = "generate"
+    """generate: reason, then a parsed verdict; logit: one constrained token read as a probability."""
+    judge_votes: int = 1
+    """Votes per question with --judge-reading generate."""
+    judge_temperature: float = 1.0
+    """Sampling temperature of a vote."""
+    judge_top_p: float = 1.0
+    """Nucleus mass of a vote (paper: 0.6 for the fine-tuned 8B judge)."""
+    judge_max_tokens: int = 512
+    """Longest answer of a vote."""
+    judge_reasoning_effort: Literal["low", "medium", "high"] | None = None
+    """Reasoning effort of gpt-oss style judges."""
+    judge_concurrency: int = 64
+    """Calls in flight per leader."""
+    judge_timeout: float = 120.0
+    """Seconds that one call may take in total, retries included."""
+    judge_retries: int = 3
+    """Retries of a failed call within its deadline."""
+    allow_insecure_judge: bool = False
+    """Allow sending a key over plain http to another host."""
+    judge_trust_env_proxy: bool = False
+    """Use the proxy settings of the environment for judge and rewriter."""
+
+
+@dataclass(frozen=True)
+class RewriterConfig:
+    """The rewriter's server. Used when the pool or the objective needs rewrites."""
+
+    rewriter_url: tuple[str, ...] = ()
+    """Base URLs; default --judge-url. The key: env REWRITER_API_KEY, else JUDGE_API_KEY."""
+    rewriter_model: str | None = None
+    """Model name on the server; default the only one it serves."""
+    rewriter_temperature: float = 1.0
+    """Sampling temperature of a rewrite."""
+    rewriter_top_p: float = 1.0
+    """Nucleus mass of a rewrite."""
+    rewrite_interval: int = 1
+    """Fetch rewrites every this many iterations."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and loading."""
+
+    save: str | None = None
+    """Folder for checkpoints."""
+    load: str | None = None
+    """Folder of our checkpoints (resumes) or of a Hugging Face Llama (starts from its weights)."""
+    save_interval: int | None = None
+    """Iterations between checkpoints; one is always written at the end."""
+    ckpt_format: Literal["torch_dist"] = "torch_dist"
+    """Checkpoint format."""
+    finetune: bool = False
+    """Load the weights of --load only: no optimizer, no iteration, no stream position."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What one sees."""
+
+    log_interval: int = 1
+    """Iterations between log lines."""
+    tensorboard_dir: str | None = None
+    """Folder for tensorboard events."""
+    wandb_project: str | None = None
+    """Weights & Biases project; WANDB_MODE=offline works."""
+    wandb_exp_name: str | None = None
+    """Weights & Biases run name."""
+    metrics_file: str | None = None
+    """JSONL file with one line of metrics per logged iteration."""
+    sample_log: str | None = None
+    """JSONL file with every candidate, its scores, and what was chosen and rejected."""
+    sample_log_interval: int = 10
+    """Iterations between two tables of samples on the console."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    rewriter: RewriterConfig = field(default_factory=RewriterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

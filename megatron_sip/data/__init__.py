@@ -1,0 +1,1 @@
+"""Corpus, cuts, the seeded stream and the tokenizer."""

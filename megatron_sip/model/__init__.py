@@ -1,0 +1,1 @@
+"""The Llama policy on megatron-core: builder, attention, reference."""

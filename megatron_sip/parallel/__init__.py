@@ -1,0 +1,1 @@
+"""Start of the process groups, CPU support, the leader of a model-parallel group."""

@@ -1,0 +1,1 @@
+"""From candidates and verdicts to preference pairs and batches."""

@@ -1,0 +1,1 @@
+"""The policy writes its continuations."""

@@ -1,0 +1,1 @@
+"""Judges and rewriter behind OpenAI-compatible servers."""
