@@ -1,0 +1,122 @@
+"""Attention over rows `[prefix | chosen | rejected | padding]`, in parts.
+
+Prefix and chosen together are one causal sequence; rejected sees the prefix and itself, never chosen. So
+two calls of `scaled_dot_product_attention` without a full mask are exact (architecture: shared prefix).
+
+What megatron-core passes through all layers as `attention_mask` carries the row layout here: three lengths
+a row, or the cache of a rollout. No module holds state, which 1F1B and recomputation forbid.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@runtime_checkable
+class RolloutCache(Protocol):
+    """The keys and values of a rollout, which attends in the layer's place."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Store `key`, `value` `[seq, batch, kv_heads, dim]` of `layer`; returns `[seq, batch, heads * dim]`."""
+        ...
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """`[batch, heads, q, dim]` over `[batch, kv_heads, k, dim]`; causal where no mask is given."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _suffix_mask(prefix: int, suffix: int, device: torch.device) -> torch.Tensor:
+    """`[suffix, prefix + suffix]`, True where a suffix token may look: the whole prefix and itself so far."""
+    return torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=device).tril(diagonal=prefix)
+
+
+def _attend_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scale: float
+) -> torch.Tensor:
+    """Rows that share one layout: `[batch, heads, width, dim]` in and out; padding gets zeros."""
+    prefix, chosen, rejected = lengths
+    front, stop = prefix + chosen, prefix + chosen + rejected
+    parts = []
+    if front:
+        parts.append(_attend(query[:, :, :front], key[:, :, :front], value[:, :, :front], scale, None))
+    if rejected:
+        keys = torch.cat([key[:, :, :prefix], key[:, :, front:stop]], dim=2)
+        values = torch.cat([value[:, :, :prefix], value[:, :, front:stop]], dim=2)
+        mask = _suffix_mask(prefix, rejected, query.device)
+        parts.append(_attend(query[:, :, front:stop], keys, values, scale, mask))
+    if stop < query.shape[2]:
+        parts.append(torch.zeros_like(query[:, :, stop:]))
+    return torch.cat(parts, dim=2)
+
+
+def shared_prefix_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of packed preference rows.
+
+    query   [seq, batch, heads, dim], rotary applied
+    key     [seq, batch, kv_heads, dim]
+    value   [seq, batch, kv_heads, dim]
+    layout  [batch, 3] int64 on the host: prefix, chosen and rejected length
+    returns [seq, batch, heads * dim]; padding rows are zero
+
+    Raises:
+        ValueError: a row is longer than the sequence.
+    """
+    rows = [tuple(row) for row in layout.tolist()]
+    width = query.shape[0]
+    if any(sum(row) > width for row in rows):
+        raise ValueError(f"a row layout of {max(rows, key=sum)} does not fit a sequence of {width}")
+    by_row = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+    outputs, start = [], 0
+    for lengths, run in groupby(rows):
+        stop = start + len(list(run))
+        outputs.append(_attend_rows(*(tensor[start:stop] for tensor in by_row), lengths, scale))
+        start = stop
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0)
+    return joined.permute(2, 0, 1, 3).reshape(width, len(rows), -1)
+
+
+class SharedPrefixAttention(MegatronModule):
+    """megatron-core's `core_attention` slot, filled with the attention above."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_unused: Any
+    ) -> None:
+        """`_unused` takes what megatron-core hands to any core attention and this one has no use for."""
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | RolloutCache,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        """`attention_mask` is the row layout `[batch, 3]`, or the cache of a rollout."""
+        if isinstance(attention_mask, torch.Tensor):
+            return shared_prefix_attention(query, key, value, attention_mask, self.scale)
+        return attention_mask.attend(self.layer_number, query, key, value, self.scale)

@@ -1,0 +1,78 @@
+"""The policy: megatron-core's GPTModel with positions per row and logits at chosen positions only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+from megatron_sip.model.attention import RolloutCache
+from megatron_sip.model.rotary import RowRotary
+
+
+def mask_padded_vocabulary(logits: torch.Tensor, vocab_size: int, tp_rank: int) -> torch.Tensor:
+    """Put -inf into the columns that only pad the vocabulary, out of place.
+
+    logits  [n, padded_vocab / tp], the slice of TP rank `tp_rank`
+
+    The padded size depends on TP; unmasked, the columns' logits of 0 would enter every softmax.
+    """
+    columns = logits.shape[-1]
+    real = min(max(vocab_size - tp_rank * columns, 0), columns)
+    if real == columns:
+        return logits
+    padded = torch.arange(columns, device=logits.device) >= real
+    return logits.masked_fill(padded, float("-inf"))
+
+
+class PolicyModel(GPTModel):
+    """One pipeline stage of the policy.
+
+    `real_vocab_size` is the vocabulary without padding; `frequencies` are the rotary ones.
+    """
+
+    def __init__(self, *, real_vocab_size: int, frequencies: torch.Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.real_vocab_size = real_vocab_size
+        self.rotary_pos_emb = RowRotary(frequencies)
+        if self.post_process:
+            # Positions are picked from the whole sequence before the LM head, so the gather of sequence
+            # parallel moves in front of it and the head itself works like plain tensor parallel.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | RolloutCache,
+        sources: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Run this stage.
+
+        input_ids       [batch, seq] int64
+        position_ids    [batch, seq] int64
+        attention_mask  row layout [batch, 3], or a rollout cache
+        sources         (row, position), each [n]: where logits are wanted; None wants none
+        returns         last stage: logits [n, padded_vocab / tp], padding masked; other stages: hidden
+                        states [seq (/ tp with sequence parallel), batch, hidden]
+        """
+        hidden = self.decoder(
+            hidden_states=self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None,
+            attention_mask=attention_mask,
+            rotary_pos_emb=self.rotary_pos_emb(position_ids),
+        )
+        if not self.post_process:
+            return hidden
+        if sources is None:
+            raise ValueError("the last stage needs to know at which positions logits are wanted")
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        row, position = sources
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden[position, row].unsqueeze(1), weight=weight)
+        return mask_padded_vocabulary(logits.squeeze(1), self.real_vocab_size, self.pg_collection.tp.rank())

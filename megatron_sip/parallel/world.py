@@ -1,0 +1,145 @@
+"""Start of the process groups: device and backend are chosen here, once, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_sip.config.groups import Config
+from megatron_sip.errors import ConfigError
+from megatron_sip.parallel import cpu
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place. Groups are torch process groups; ranks in `*_rank` are positions in them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_parallel_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+    """gloo over all ranks, on the main thread only: waiting, skipping and stopping are decided here."""
+
+    @property
+    def is_leader(self) -> bool:
+        """The one rank of its model-parallel group that talks HTTP."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that prints and writes logs."""
+        return self.rank == 0
+
+    @property
+    def first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Holds the LM head."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def leader_rank(self) -> int:
+        """Global rank of this model-parallel group's leader."""
+        return min(dist.get_process_group_ranks(self.model_parallel_group))
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage in this rank's pipeline."""
+        return dist.get_process_group_ranks(self.pp_group)[-1]
+
+
+def launched_world_size() -> int:
+    """Number of ranks that torchrun started; 1 without torchrun.
+
+    Raises:
+        ConfigError: WORLD_SIZE is not a number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit():
+        raise ConfigError(f"the environment variable WORLD_SIZE is {text!r}, not a number; start with torchrun")
+    return int(text)
+
+
+def _choose_device(config: Config) -> tuple[torch.device, str]:
+    """Device of this rank and the collective backend that goes with it."""
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this node runs more ranks than it has GPUs ({torch.cuda.device_count()}); "
+                "lower GPUS_PER_NODE (torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank), "nccl"
+    torch.set_num_threads(config.training.num_threads)
+    return torch.device("cpu"), "gloo"
+
+
+def start(config: Config) -> World:
+    """Join the process groups that `config.parallel` asks for. Settings are validated before this is called.
+
+    Raises:
+        ConfigError: more ranks than GPUs on this node.
+    """
+    device, backend = _choose_device(config)
+    cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    # A device id lets nccl connect at once; gloo takes none.
+    device_id = device if backend == "nccl" else None
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
+        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    torch.manual_seed(config.training.seed)
+    model_parallel_cuda_manual_seed(config.training.seed)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        model_parallel_group=parallel_state.get_model_parallel_group(),
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def stop() -> None:
+    """Leave all process groups, if any was joined."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,52 @@
+"""What a rollout engine is: prefixes in, K continuations a prefix out, in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_sip.types import TokenArray
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn. `temperature = 0` is greedy; `stop_at_eod = False` never samples EOD."""
+
+    num_rollouts: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    eod: int
+    stop_at_eod: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The continuations of a batch of prefixes.
+
+    tokens   [prefixes, num_rollouts, max_new_tokens] int64 on the host; 0 behind a row's length
+    lengths  [prefixes, num_rollouts] int64; the EOD that ends a row counts
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+
+    def row(self, prefix: int, rollout: int) -> tuple[int, ...]:
+        """The tokens of one continuation."""
+        return tuple(self.tokens[prefix, rollout, : int(self.lengths[prefix, rollout])].tolist())
+
+
+class RolloutEngine(Protocol):
+    """Writes continuations with the policy's current weights."""
+
+    def generate(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
+        """Continue each prefix `sampling.num_rollouts` times.
+
+        Called by all ranks of a model-parallel group with the same arguments; all get the same result.
+        The randomness of a row depends on (seed, sample index, rollout, position) alone.
+        """
+        ...

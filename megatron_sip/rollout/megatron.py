@@ -1,0 +1,154 @@
+"""Rollouts by the training weights themselves, cached, under tensor and pipeline parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+from megatron_sip.model.policy import PolicyModel
+from megatron_sip.parallel.world import World
+from megatron_sip.rollout.cache import DecodeCache, PrefillCache
+from megatron_sip.rollout.engine import Rollouts, Sampling
+from megatron_sip.rollout.sampling import sample_tokens, uniforms
+from megatron_sip.types import TokenArray
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class MegatronEngine:
+    """Decodes on the weights that are trained, so no copy is made and none can be stale.
+
+    `wave` bounds the prefixes that are decoded together (memory); None takes all at once.
+    """
+
+    def __init__(self, policy: PolicyModel, world: World, wave: int | None = None) -> None:
+        self.policy = policy
+        self.world = world
+        self.wave = wave
+        self.multiple = world.tp_size if policy.config.sequence_parallel else 1
+
+    def generate(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
+        """See `RolloutEngine.generate`. Weights and training mode are left as they were."""
+        was_training = self.policy.training
+        self.policy.eval()
+        wave = self.wave or len(prefixes)
+        try:
+            with torch.inference_mode():
+                parts = [
+                    self._wave(prefixes[start : start + wave], sample_indices[start : start + wave], sampling)
+                    for start in range(0, len(prefixes), wave)
+                ]
+        finally:
+            self.policy.train(was_training)
+        # Cloned outside inference mode, so that autograd may see what is made of them.
+        return Rollouts(
+            tokens=torch.cat([part.tokens for part in parts]).clone(),
+            lengths=torch.cat([part.lengths for part in parts]).clone(),
+        )
+
+    def _wave(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
+        """Prefill each prefix once, then decode all rows together."""
+        lengths = torch.tensor([len(prefix) for prefix in prefixes])
+        layout = torch.stack([lengths, torch.zeros_like(lengths), torch.zeros_like(lengths)], dim=1)
+        prefill = PrefillCache(layout)
+        logits = self._prefill(prefixes, lengths, prefill)
+        k, device = sampling.num_rollouts, self.world.device
+        draws = torch.from_numpy(
+            np.stack([uniforms(sampling.seed, i, j, sampling.max_new_tokens) for i in sample_indices for j in range(k)])
+        ).to(device)
+        tokens = torch.zeros(len(draws), sampling.max_new_tokens, dtype=torch.int64, device=device)
+        cache = DecodeCache(prefill, k, sampling.max_new_tokens)
+        positions = lengths.repeat_interleave(k).to(device)
+        ended = torch.zeros(len(draws), dtype=torch.bool, device=device)
+        for step in range(sampling.max_new_tokens):
+            if step:
+                logits = self._decode(tokens[:, step - 1], positions + (step - 1), cache)
+            elif logits is not None:
+                logits = logits.repeat_interleave(k, dim=0)
+            tokens[:, step] = self._pick(logits, draws[:, step], sampling, len(draws)).masked_fill(ended, 0)
+            if sampling.stop_at_eod:
+                ended |= tokens[:, step] == sampling.eod
+                if bool(ended.all()):
+                    break
+        return _as_rollouts(tokens.cpu(), k, sampling)
+
+    def _prefill(
+        self, prefixes: Sequence[TokenArray], lengths: torch.Tensor, cache: PrefillCache
+    ) -> torch.Tensor | None:
+        """Logits `[prefixes, vocab]` behind each prefix, on the last stage."""
+        width = _round_up(int(lengths.max()), self.multiple)
+        ids = torch.zeros(len(prefixes), width, dtype=torch.int64)
+        for row, prefix in enumerate(prefixes):
+            ids[row, : len(prefix)] = torch.from_numpy(prefix)
+        positions = torch.arange(width).expand(len(prefixes), width)
+        sources = (torch.arange(len(prefixes)), lengths - 1)
+        return self._through_stages(ids, positions, cache, sources, width, len(prefixes))
+
+    def _decode(self, tokens: torch.Tensor, positions: torch.Tensor, cache: DecodeCache) -> torch.Tensor | None:
+        """Logits `[rows, vocab]` behind one more token of every row, on the last stage."""
+        rows = len(tokens)
+        width = _round_up(rows, self.multiple)
+        ids = torch.nn.functional.pad(tokens, (0, width - rows))[None]
+        places = torch.nn.functional.pad(positions, (0, width - rows))[None]
+        row = torch.arange(rows, device=tokens.device)
+        logits = self._through_stages(ids, places, cache, (torch.zeros_like(row), row), width, 1)
+        cache.step += 1
+        return logits
+
+    def _through_stages(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PrefillCache | DecodeCache,
+        sources: tuple[torch.Tensor, torch.Tensor],
+        width: int,
+        batch: int,
+    ) -> torch.Tensor | None:
+        """Pass hidden states from stage to stage; full-vocabulary logits `[n, vocab]` on the last one."""
+        world, device = self.world, self.world.device
+        if not world.first_stage:
+            shape = (width // self.multiple, batch, self.policy.config.hidden_size)
+            hidden = torch.empty(shape, dtype=self.policy.config.pipeline_dtype, device=device)
+            dist.recv(hidden, group=world.pp_group, group_src=world.pp_rank - 1)
+            self.policy.set_input_tensor(hidden)
+        to_device = (sources[0].to(device), sources[1].to(device))
+        out = self.policy(ids.to(device), positions.to(device), cache, to_device)
+        if not world.last_stage:
+            dist.send(out.contiguous(), group=world.pp_group, group_dst=world.pp_rank + 1)
+            return None
+        return gather_from_tensor_model_parallel_region(out, group=world.tp_group)[:, : self.policy.real_vocab_size]
+
+    def _pick(self, logits: torch.Tensor | None, draws: torch.Tensor, sampling: Sampling, rows: int) -> torch.Tensor:
+        """One token a row, `[rows]`, drawn on one rank and told to all of the model-parallel group.
+
+        Ranks that sampled for themselves could differ at a rounding, and a tensor-parallel group whose
+        ranks hold different tokens computes nonsense.
+        """
+        world = self.world
+        picked = torch.empty(rows, dtype=torch.int64, device=world.device)
+        if logits is not None and world.tp_rank == 0:
+            logits = logits.float()
+            if not sampling.stop_at_eod:
+                logits[:, sampling.eod] = float("-inf")
+            picked = sample_tokens(logits, draws, sampling.temperature, sampling.top_p)
+        if world.tp_size * world.pp_size > 1:
+            dist.broadcast(picked, src=world.last_stage_rank - world.tp_rank, group=world.model_parallel_group)
+        return picked
+
+
+def _as_rollouts(tokens: torch.Tensor, num_rollouts: int, sampling: Sampling) -> Rollouts:
+    """`[rows, max_new_tokens]` to `Rollouts`; a row that ended keeps its EOD and nothing behind it."""
+    count = tokens.shape[1]
+    lengths = torch.full((len(tokens),), count)
+    if sampling.stop_at_eod:
+        is_end = tokens == sampling.eod
+        first = is_end.int().argmax(dim=1)
+        lengths = torch.where(is_end.any(dim=1), first + 1, lengths)
+        tokens = tokens.masked_fill(torch.arange(count)[None] >= lengths[:, None], 0)
+    return Rollouts(tokens.view(-1, num_rollouts, count), lengths.view(-1, num_rollouts))
