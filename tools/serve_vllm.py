@@ -1,0 +1,268 @@
+"""Start one vLLM server for a model folder, as judge and rewriter, and keep it until told to stop.
+
+Runs in any Python (standard library only) and starts vLLM with the judge environment's own interpreter. It picks
+a free port, waits until the server is healthy, prints the base URL as the only line on standard output, and then
+stays in the foreground. SIGTERM, SIGINT, SIGHUP or the death of the calling process end the whole server.
+A key is taken from the environment (JUDGE_API_KEY, or VLLM_API_KEY) and never put on a command line.
+
+    python tools/serve_vllm.py --model models/smollm2-135m-instruct [--ready-file FILE] [-- more vLLM flags]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parent.parent
+PR_SET_PDEATHSIG = 1
+STOP_GRACE_SECONDS = 15.0
+PROGRESS_SECONDS = 5.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line entry; returns the exit status (0 after an orderly stop)."""
+    args = parse(argv)
+    try:
+        python = judge_python(args.judge_venv)
+        if not (args.model / "config.json").is_file():
+            raise RuntimeError(f"--model {args.model} is no model folder: it holds no config.json")
+    except RuntimeError as error:
+        print(f"serve_vllm: {error}", file=sys.stderr)
+        return 2
+    stopper = Stopper(die_with_parent=not args.outlive_parent)
+    device = args.device if args.device != "auto" else ("gpu" if has_gpu() else "cpu")
+    port = args.port or free_port(args.host)
+    log = args.log_file.open("ab") if args.log_file else None
+    server = subprocess.Popen(
+        server_command(args, python, device, port),
+        env=server_environment(device, args.threads, args.kv_cache_gib),
+        stdin=subprocess.DEVNULL,
+        stdout=log or sys.stderr,
+        stderr=subprocess.STDOUT if log else None,
+        start_new_session=True,  # a process group of its own, which ends as one
+        preexec_fn=death_signal_setter(),  # noqa: PLW1509 - this process has one thread
+    )
+    try:
+        return supervise(args, server, port, stopper)
+    finally:
+        end_group(server)
+        if args.ready_file:
+            args.ready_file.unlink(missing_ok=True)
+        if log:
+            log.close()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Flags of this tool; what follows `--` goes to vLLM unchanged."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
+    parser.add_argument("--served-model-name", help="name that clients use (default: the folder's name)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="port; 0 picks a free one (default)")
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu where one is")
+    parser.add_argument("--dtype", default="bfloat16", help="type of weights and activations (default %(default)s)")
+    parser.add_argument("--max-model-len", type=int, default=2048, help="longest prompt plus answer, in tokens")
+    parser.add_argument("--memory-share", type=float, help="share of memory to use (default 0.2 on cpu, 0.9 on gpu)")
+    parser.add_argument("--kv-cache-gib", type=int, default=1, help="room for keys and values on cpu, in GiB")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model on cpu (default %(default)s)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model")
+    parser.add_argument("--judge-venv", type=Path, help="environment with vLLM (default: SIP_JUDGE_VENV, .venv-judge)")
+    parser.add_argument("--ready-file", type=Path, help="write the URL here once the server is healthy")
+    parser.add_argument("--log-file", type=Path, help="append the server's output here (default: standard error)")
+    parser.add_argument("--startup-timeout", type=float, default=600.0, help="seconds to become healthy")
+    parser.add_argument("--outlive-parent", action="store_true", help="stay when the calling process ends")
+    parser.add_argument("vllm_flags", nargs="*", metavar="-- FLAG", help="further vLLM flags, after --")
+    args = parser.parse_args(argv)
+    if args.threads < 1 or args.kv_cache_gib < 1 or args.tensor_parallel_size < 1:
+        parser.error("--threads, --kv-cache-gib and --tensor-parallel-size must be at least 1")
+    return args
+
+
+def judge_python(venv: Path | None) -> str:
+    """The interpreter of the environment that holds vLLM; RuntimeError says how to make one."""
+    folder = venv or Path(os.environ.get("SIP_JUDGE_VENV") or ROOT / ".venv-judge")
+    python = folder / "bin" / "python"
+    if not python.exists():
+        raise RuntimeError(f"{folder} holds no Python; make it with `bash tools/setup.sh judge` or give --judge-venv")
+    return str(python)
+
+
+def has_gpu() -> bool:
+    """Whether the driver lists a card (a bare nvidia-smi binary is not one)."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def free_port(host: str) -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def server_command(args: argparse.Namespace, python: str, device: str, port: int) -> list[str]:
+    """The command line of vLLM's OpenAI-compatible server."""
+    memory = args.memory_share if args.memory_share is not None else (0.2 if device == "cpu" else 0.9)
+    # The module, not the `vllm` script: the script fails under the CPU build's distribution name.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(args.model.resolve()), "--served-model-name", served_name(args)]
+    command += ["--host", args.host, "--port", str(port), "--dtype", args.dtype]
+    command += ["--max-model-len", str(args.max_model_len), "--gpu-memory-utilization", str(memory)]
+    command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
+    if device == "cpu":
+        command += ["--enforce-eager"]
+    return command + list(args.vllm_flags)
+
+
+def served_name(args: argparse.Namespace) -> str:
+    """The model name that clients use."""
+    return str(args.served_model_name or args.model.resolve().name)
+
+
+def server_environment(device: str, threads: int, kv_cache_gib: int) -> dict[str, str]:
+    """The server's environment: no hub, no usage report, bounded CPU threads, the key under vLLM's name."""
+    env = dict(os.environ)
+    env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    key = env.pop("JUDGE_API_KEY", None)
+    if key:
+        env.setdefault("VLLM_API_KEY", key)
+    if device == "cpu":
+        env.update(VLLM_HOST_IP="127.0.0.1", VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib))
+        # "nobind" makes vLLM honour OMP_NUM_THREADS; its own binding would take every core.
+        env.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE")
+    return env
+
+
+class Stopper:
+    """Remembers that a stop was asked for, by a signal or by the death of the calling process."""
+
+    def __init__(self, die_with_parent: bool) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        parent = os.getppid()
+        if die_with_parent:
+            death_signal_setter()()
+            self.asked = os.getppid() != parent  # the parent may have died before the request was in place
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def death_signal_setter() -> Callable[[], None]:
+    """A function that asks Linux to send SIGTERM to its process when its parent dies; elsewhere it does nothing."""
+    if not sys.platform.startswith("linux"):
+        return lambda: None
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: the child only calls it
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def supervise(args: argparse.Namespace, server: subprocess.Popen[bytes], port: int, stopper: Stopper) -> int:
+    """Wait for health, announce the URL, then wait for the end of the server or the wish to stop."""
+    started = time.monotonic()
+    if not wait_healthy(args, server, port, stopper):
+        return 0 if stopper.asked else 1
+    url = f"http://{args.host}:{port}/v1"
+    say(f"{served_name(args)} is ready after {time.monotonic() - started:.0f} s")
+    print(url, flush=True)
+    if args.ready_file:
+        unfinished = args.ready_file.with_name(args.ready_file.name + ".part")
+        unfinished.write_text(url + "\n")
+        unfinished.rename(args.ready_file)  # a reader sees the whole URL or no file
+    while not stopper.asked:
+        if server.poll() is not None:
+            say(f"the server ended by itself with status {server.returncode}")
+            show_log_end(args)
+            return 1
+        time.sleep(0.2)
+    return 0
+
+
+def wait_healthy(args: argparse.Namespace, server: subprocess.Popen[bytes], port: int, stopper: Stopper) -> bool:
+    """Poll /health, with a progress line now and then; False when it failed, timed out or was stopped."""
+    started = time.monotonic()
+    next_line = started + PROGRESS_SECONDS
+    while not stopper.asked:
+        now = time.monotonic()
+        if server.poll() is not None:
+            say(f"the server ended with status {server.returncode} before it was ready")
+            show_log_end(args)
+            return False
+        if is_healthy(args.host, port):
+            return True
+        if now - started > args.startup_timeout:
+            say(f"not healthy after {args.startup_timeout:.0f} s; see its output, or raise --startup-timeout")
+            show_log_end(args)
+            return False
+        if now >= next_line:
+            say(f"loading {served_name(args)}: {now - started:.0f} s")
+            next_line = now + PROGRESS_SECONDS
+        time.sleep(0.3)
+    return False
+
+
+def is_healthy(host: str, port: int) -> bool:
+    """One look at /health, past any proxy."""
+    connection = http.client.HTTPConnection("127.0.0.1" if host in ("0.0.0.0", "") else host, port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def end_group(server: subprocess.Popen[bytes]) -> None:
+    """End every process of the server's group: first asked, then forced."""
+    if not signal_group(server.pid, signal.SIGTERM):
+        server.wait()
+        return
+    limit = time.monotonic() + STOP_GRACE_SECONDS
+    while time.monotonic() < limit:
+        server.poll()  # reaps the leader, so that an empty group is seen as such
+        if not signal_group(server.pid, 0):
+            return
+        time.sleep(0.1)
+    signal_group(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Send a signal to a process group; False when the group has no process left."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def show_log_end(args: argparse.Namespace) -> None:
+    """The last lines of the server's log, where it went to a file."""
+    if args.log_file and args.log_file.is_file():
+        with args.log_file.open(errors="replace") as lines:
+            print("".join(deque(lines, maxlen=20)), file=sys.stderr)
+        say(f"whole log: {args.log_file}")
+
+
+def say(text: str) -> None:
+    """A line for people; standard output is kept for the URL."""
+    print(f"serve_vllm: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
