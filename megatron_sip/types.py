@@ -185,6 +185,17 @@ class PreferenceBatch:
         """`[rows, 3]` int64: prefix, chosen and rejected length, which is all that attention needs."""
         return torch.stack([self.prefix_length, self.chosen_length, self.rejected_length], dim=1)
 
+    def to(self, device: torch.device) -> PreferenceBatch:
+        """The same rows with every tensor on `device`."""
+        return PreferenceBatch(
+            tokens=self.tokens.to(device),
+            prefix_length=self.prefix_length.to(device),
+            chosen_length=self.chosen_length.to(device),
+            rejected_length=self.rejected_length.to(device),
+            valid=self.valid.to(device),
+            sample_index=self.sample_index.to(device),
+        )
+
     def slice(self, start: int, stop: int) -> PreferenceBatch:
         """Rows `start` to `stop` (a micro-batch) at the same width."""
         return PreferenceBatch(

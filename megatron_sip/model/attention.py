@@ -87,11 +87,11 @@ def shared_prefix_attention(
     width = query.shape[0]
     if any(sum(row) > width for row in rows):
         raise ValueError(f"a row layout of {max(rows, key=sum)} does not fit a sequence of {width}")
-    by_row = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     outputs, start = [], 0
     for lengths, run in groupby(rows):
         stop = start + len(list(run))
-        outputs.append(_attend_rows(*(tensor[start:stop] for tensor in by_row), lengths, scale))
+        outputs.append(_attend_rows(q[start:stop], k[start:stop], v[start:stop], lengths, scale))
         start = stop
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0)
     return joined.permute(2, 0, 1, 3).reshape(width, len(rows), -1)

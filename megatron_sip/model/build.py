@@ -16,6 +16,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sip.checkpoint.hf_names import llama_shape, padded_query_groups
+from megatron_sip.checkpoint.hf_tensors import zero_padded_groups
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.errors import ConfigError
 from megatron_sip.model.attention import SharedPrefixAttention
@@ -35,7 +37,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension."""
@@ -72,18 +74,32 @@ def _given(value: Any, flag: str) -> Any:
     return value
 
 
+def attention_sizes(model: ModelConfig, tp_size: int) -> tuple[int, int, int]:
+    """Query heads, query groups and head width of the policy.
+
+    Where TP does not divide the query groups, groups of zeros are added until it does (SmolLM2-135M has 3):
+    their output projection columns are zero, so they contribute nothing, and stay zero under training.
+    """
+    heads = _given(model.num_attention_heads, "--num-attention-heads")
+    groups = _given(model.num_query_groups, "--num-query-groups")
+    head_dim = model.kv_channels or _given(model.hidden_size, "--hidden-size") // heads
+    padded = padded_query_groups(groups, tp_size)
+    return padded * (heads // groups), padded, head_dim
+
+
 def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
     """megatron-core's view of our settings. `config.model` must be resolved."""
     model, parallel = config.model, config.parallel
+    heads, groups, head_dim = attention_sizes(model, parallel.tensor_model_parallel_size)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     on_gpu = device.type == "cuda"
     return TransformerConfig(
         num_layers=_given(model.num_layers, "--num-layers"),
         hidden_size=_given(model.hidden_size, "--hidden-size"),
         ffn_hidden_size=_given(model.ffn_hidden_size, "--ffn-hidden-size"),
-        num_attention_heads=_given(model.num_attention_heads, "--num-attention-heads"),
-        num_query_groups=_given(model.num_query_groups, "--num-query-groups"),
-        kv_channels=model.kv_channels,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=_given(model.norm_epsilon, "--norm-epsilon"),
         gated_linear_unit=True,
@@ -159,4 +175,11 @@ def build_policy(config: Config, world: World) -> PolicyModel:
         # The angles come from RowRotary; 'none' keeps megatron-core from making a table of its own.
         position_embedding_type="none",
     )
+    shape = llama_shape(model).with_padding(core.num_query_groups, policy.vocab_size)
+    zero_padded_groups(dict(policy.named_parameters()), shape, tp_rank=world.tp_rank, tp_size=world.tp_size)
     return policy.to(world.device)
+
+
+def first_layer(policy: PolicyModel) -> int:
+    """Global number (from 0) of this stage's first layer."""
+    return int(policy.decoder.layers[0].layer_number) - 1

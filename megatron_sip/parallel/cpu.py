@@ -15,6 +15,7 @@ import functools
 import importlib
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -123,9 +124,9 @@ def _patch_tensor_methods() -> None:
     def tensor_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if _called_by_megatron() else plain_cuda(self, *args, **kwargs)
 
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = tensor_cuda  # type: ignore[method-assign,assignment]
-    torch.Tensor._sip_cpu = True  # type: ignore[attr-defined]
+    torch.Tensor.type = tensor_type
+    torch.Tensor.cuda = tensor_cuda
+    torch.Tensor._sip_cpu = True
 
 
 def install() -> None:
@@ -143,9 +144,12 @@ def install() -> None:
             f"megatron-core {core.__version__} was never tried without CUDA; install the version that "
             "requirements.txt pins, or run on a GPU"
         )
-    for name in LATE_MODULES:
-        importlib.import_module(name)
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    with warnings.catch_warnings():
+        # Each import says once more that Transformer Engine and apex are absent, which is why we are here.
+        warnings.simplefilter("ignore")
+        for name in LATE_MODULES:
+            importlib.import_module(name)
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
     if not hasattr(torch.Tensor, "_sip_cpu"):
@@ -153,4 +157,4 @@ def install() -> None:
     view = _torch_view()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and vars(module).get("torch") is torch:
-            module.torch = view  # type: ignore[attr-defined]
+            vars(module)["torch"] = view

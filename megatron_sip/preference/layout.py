@@ -30,6 +30,12 @@ class ScoredTokens:
     target: torch.Tensor
     segment: torch.Tensor
 
+    def to(self, device: torch.device) -> ScoredTokens:
+        """The same indices on `device`."""
+        return ScoredTokens(
+            self.row.to(device), self.source.to(device), self.target.to(device), self.segment.to(device)
+        )
+
 
 def position_ids(layout: torch.Tensor, width: int) -> torch.Tensor:
     """`[rows, width]` int64 rotary positions: both suffixes start at the prefix length; padding has position 0."""

@@ -1,0 +1,214 @@
+"""One optimizer step on a batch of preference rows: reference, forward and backward, checks, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_sip.config.groups import Config
+from megatron_sip.loss.logprob import token_logprobs
+from megatron_sip.loss.reduce import GlobalCounts, LossWeights, ObjectiveTerms, local_counts, objective_terms
+from megatron_sip.loss.segments import ReferenceLogps, SegmentLogps, segment_sums
+from megatron_sip.model.policy import PolicyModel
+from megatron_sip.model.reference import ReferencePolicy
+from megatron_sip.parallel.world import World
+from megatron_sip.preference.layout import ScoredTokens, position_ids, scored_tokens
+from megatron_sip.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_sip.types import PreferenceBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    `skipped` is empty, or why no update was made: "no_pairs", "non_finite". `metrics` holds (sum, count) by
+    name on the last stage's first tensor-parallel rank and is empty elsewhere.
+    """
+
+    skipped: str
+    grad_norm: float | None
+    metrics: dict[str, tuple[float, float]]
+    reference_seconds: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """A slice of rows, its layout on the host, and where it is scored; tensors are on the device.
+
+    `reference` is None on all stages but the last, and for objectives without one.
+    """
+
+    batch: PreferenceBatch
+    layout: torch.Tensor
+    scored: ScoredTokens
+    reference: ReferenceLogps | None
+
+
+class PolicyTrainer:
+    """The policy with its gradient buffers, optimizer, schedule and reference, on one rank."""
+
+    def __init__(self, policy: PolicyModel, config: Config, world: World) -> None:
+        self.policy = policy
+        self.config = config
+        self.world = world
+        self.weights = LossWeights.from_config(config)
+        self.ddp = wrap_data_parallel(policy, config)
+        self.optimizer = build_optimizer(self.ddp, config)
+        self.scheduler = build_scheduler(self.optimizer, config)
+        self.reference = ReferencePolicy(policy, config.reference) if self.weights.dpo else None
+
+    def after_weights_changed(self) -> None:
+        """Bring fp32 main weights and reference in line with weights that were just loaded into the policy."""
+        self.optimizer.reload_model_params()
+        if self.reference:
+            self.reference.copy_policy()
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self, batch: PreferenceBatch) -> StepResult:
+        """Train on this data parallel rank's rows. All ranks call it together, with or without valid rows.
+
+        An update is made only if the global batch has something to train and every gradient is finite;
+        otherwise neither optimizer nor schedule nor reference moves (Adam moves on zero gradients).
+        """
+        counts = self._global_counts(batch)
+        if counts.of(self.weights.primary) == 0:
+            return StepResult("no_pairs", None, {}, 0.0, 0.0)
+        started = time.perf_counter()
+        reference = self.reference_logps(batch) if self.reference else None
+        middle = time.perf_counter()
+        metrics = self.forward_backward(batch, reference, counts)
+        if not self._gradients_finite():
+            return StepResult("non_finite", None, metrics, middle - started, time.perf_counter() - middle)
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        if self.reference:
+            self.reference.after_optimizer_step()
+        norm = None if grad_norm is None else float(grad_norm)
+        return StepResult("", norm, metrics, middle - started, time.perf_counter() - middle)
+
+    def forward_backward(
+        self, batch: PreferenceBatch, reference: ReferenceLogps | None, counts: GlobalCounts
+    ) -> dict[str, tuple[float, float]]:
+        """Fill the gradient buffers with the gradient of the global batch's loss; returns local metric sums."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        parts: list[ObjectiveTerms] = self._run(batch, self._loss(counts), reference, forward_only=False)
+        if not parts or self.world.tp_rank:
+            return {}
+        total = torch.stack([part.metrics for part in parts]).sum(0).tolist()
+        return {name: (row[0], row[1]) for name, row in zip(parts[0].names, total, strict=True)}
+
+    def segment_logps(self, batch: PreferenceBatch) -> SegmentLogps | None:
+        """Summed log-probabilities of every row's segments under the current weights, on the last stage.
+
+        Returns:
+            Rows in the order of `batch`; None on the other stages.
+        """
+
+        def collect(logits: torch.Tensor, micro: _MicroBatch, **_schedule: Any) -> SegmentLogps:
+            return self._sums(logits, micro)
+
+        parts: list[SegmentLogps] = self._run(batch, collect, None, forward_only=True)
+        if not parts:
+            return None
+        return SegmentLogps(
+            chosen=torch.cat([part.chosen for part in parts]),
+            rejected=torch.cat([part.rejected for part in parts]),
+            prefix=torch.cat([part.prefix for part in parts]),
+        )
+
+    def reference_logps(self, batch: PreferenceBatch) -> ReferenceLogps | None:
+        """The same under the reference weights."""
+        if self.reference is None:
+            raise ValueError("this objective has no reference policy")
+        with self.reference.in_place_of_policy():
+            logps = self.segment_logps(batch)
+        return None if logps is None else ReferenceLogps(logps.chosen, logps.rejected)
+
+    def _sums(self, logits: torch.Tensor, micro: _MicroBatch) -> SegmentLogps:
+        return segment_sums(token_logprobs(logits, micro.scored.target), micro.scored, micro.batch.rows)
+
+    def _loss(self, counts: GlobalCounts) -> Callable[..., Any]:
+        """The objective as megatron-core's schedules call it: summed loss, count, metrics."""
+
+        def loss(
+            logits: torch.Tensor, micro: _MicroBatch, **_schedule: Any
+        ) -> tuple[torch.Tensor, torch.Tensor, ObjectiveTerms]:
+            terms = objective_terms(
+                self._sums(logits, micro),
+                micro.reference,
+                micro.batch,
+                weights=self.weights,
+                counts=counts,
+                beta=self.config.preference.beta,
+                length_normalization=self.config.preference.length_normalization,
+            )
+            return terms.loss.float(), terms.count, terms
+
+        return loss
+
+    def _run(
+        self,
+        batch: PreferenceBatch,
+        on_logits: Callable[..., Any],
+        reference: ReferenceLogps | None,
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Send the micro-batches through megatron-core's schedule; what `on_logits` left, last stage only."""
+
+        def forward_step(micros: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            micro = next(micros)
+            positions = position_ids(micro.layout, micro.batch.width).to(self.world.device)
+            out = model(micro.batch.tokens, positions, micro.layout, (micro.scored.row, micro.scored.source))
+            return out, lambda logits, **schedule: on_logits(logits, micro, **schedule)
+
+        size = self.config.training.micro_batch_size
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=self._micro_batches(batch, reference),
+                model=[self.ddp],
+                num_microbatches=batch.rows // size,
+                seq_length=batch.width,
+                micro_batch_size=size,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _micro_batches(self, batch: PreferenceBatch, reference: ReferenceLogps | None) -> Iterator[_MicroBatch]:
+        size = self.config.training.micro_batch_size
+        if batch.rows % size:
+            raise ValueError(f"{batch.rows} rows do not split into micro-batches of {size}")
+        for start in range(0, batch.rows, size):
+            part = batch.slice(start, start + size)
+            scored = scored_tokens(part, with_prefix=self.weights.ntp > 0)
+            rows = slice(start, start + size)
+            own = None if reference is None else ReferenceLogps(reference.chosen[rows], reference.rejected[rows])
+            device = self.world.device
+            yield _MicroBatch(part.to(device), part.layout(), scored.to(device), own)
+
+    def _global_counts(self, batch: PreferenceBatch) -> GlobalCounts:
+        """Valid pairs and trained tokens of the whole global batch."""
+        counts = local_counts(batch).to(self.world.device)
+        dist.all_reduce(counts, group=self.world.dp_group)
+        return GlobalCounts.from_tensor(counts)
+
+    def _gradients_finite(self) -> bool:
+        """Whether every rank's reduced gradients are finite; the same answer everywhere."""
+        buffers = self.ddp.buffers + self.ddp.expert_parallel_buffers
+        finite = torch.stack([buffer.grad_data.isfinite().all() for buffer in buffers]).all()
+        flag = finite.to("cpu", torch.int64)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.world.control_group)
+        return bool(flag)

@@ -1,0 +1,182 @@
+"""One layout against the oracle: log-probabilities, loss, every gradient, three mutations, greedy and sampled tokens.
+
+torchrun check_layout.py FOLDER TP PP SP MICRO_BATCH SAMPLES_FILE
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+import oracle
+
+from megatron_sip.checkpoint.hf import load_hf_weights
+from megatron_sip.checkpoint.hf_config import model_config_from_hf
+from megatron_sip.config.groups import Config, ParallelConfig, PreferenceConfig, TrainingConfig
+from megatron_sip.loss.segments import ReferenceLogps
+from megatron_sip.parallel import world as world_module
+from megatron_sip.types import PreferenceBatch
+
+
+def batch_of(indices: list[int], multiple: int) -> PreferenceBatch:
+    """Rows of the oracle's pairs, padded to a common width."""
+    rows = [oracle.pairs()[index] for index in indices]
+    longest = max(sum(len(part) for part in row) for row in rows)
+    width = -(-longest // multiple) * multiple
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        flat = torch.tensor([token for part in row for token in part])
+        tokens[place, : len(flat)] = flat
+    lengths = torch.tensor([[len(part) for part in row] for row in rows])
+    return PreferenceBatch(
+        tokens=tokens,
+        prefix_length=lengths[:, 0],
+        chosen_length=lengths[:, 1],
+        rejected_length=lengths[:, 2],
+        valid=torch.tensor([0.0 if index in oracle.INVALID else 1.0 for index in indices]),
+        sample_index=torch.tensor(indices),
+    )
+
+
+class LayoutCheck:
+    """The policy of the oracle at the layout of this launch."""
+
+    def __init__(self, folder: Path, tp: int, pp: int, sequence_parallel: bool, micro: int) -> None:
+        self.folder = folder
+        config = Config(
+            model=model_config_from_hf(folder / "policy"),
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sequence_parallel
+            ),
+            training=TrainingConfig(micro_batch_size=micro, global_batch_size=len(oracle.PAIRS)),
+            preference=PreferenceConfig(beta=oracle.BETA),
+        )
+        self.config = config
+        self.world = world_module.start(config)
+        from megatron_sip.model.build import build_policy, first_layer
+        from megatron_sip.training.step import PolicyTrainer
+
+        self.policy = build_policy(config, self.world)
+        self.first_layer = first_layer(self.policy)
+        self.load("policy", dict(self.policy.named_parameters()))
+        self.trainer = PolicyTrainer(self.policy, config, self.world)
+        self.load("reference", self.trainer.reference.tensors)
+        self.multiple = tp if sequence_parallel else 1
+        size = len(oracle.PAIRS) // self.world.dp_size
+        self.indices = list(range(self.world.dp_rank * size, (self.world.dp_rank + 1) * size))
+        self.batch = batch_of(self.indices, self.multiple)
+        self.expected = torch.load(folder / "expected.pt")
+
+    def load(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill this rank's tensors from one of the oracle's folders."""
+        load_hf_weights(
+            self.folder / name,
+            tensors,
+            self.config.model,
+            tp_rank=self.world.tp_rank,
+            tp_size=self.world.tp_size,
+            first_layer=self.first_layer,
+        )
+
+    def logprobs(self) -> None:
+        """Suffix sums of every row, valid or not."""
+        logps = self.trainer.segment_logps(self.batch)
+        if logps is not None:
+            wanted = self.expected["logps"][self.indices]
+            torch.testing.assert_close(logps.chosen.detach(), wanted[:, 0], atol=2e-4, rtol=1e-5)
+            torch.testing.assert_close(logps.rejected.detach(), wanted[:, 1], atol=2e-4, rtol=1e-5)
+
+    def gradients(self, batch: PreferenceBatch, reference: ReferenceLogps | None) -> float:
+        """Largest distance of a gradient tensor from the oracle's, relative to that tensor's norm; over all ranks."""
+        counts = self.trainer._global_counts(batch)
+        metrics = self.trainer.forward_backward(batch, reference, counts)
+        self.loss = metrics["loss"][0] if metrics else 0.0
+        wanted = {name: torch.empty_like(p) for name, p in self.policy.named_parameters()}
+        self.load("gradient", wanted)
+        worst = max(
+            float((p.main_grad - wanted[name]).norm() / wanted[name].norm())
+            for name, p in self.policy.named_parameters()
+        )
+        return self.over_ranks(worst, dist.ReduceOp.MAX)
+
+    @staticmethod
+    def over_ranks(value: float, operation: dist.ReduceOp) -> float:
+        """A number reduced over all ranks."""
+        box = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(box, op=operation)
+        return float(box)
+
+    def step(self) -> None:
+        """Loss and gradients, and that they notice a wrong computation."""
+        reference = self.trainer.reference_logps(self.batch)
+        right = self.gradients(self.batch, reference)
+        total = self.over_ranks(self.loss, dist.ReduceOp.SUM)
+        valid = len(oracle.PAIRS) - len(oracle.INVALID)
+        assert abs(total / valid - float(self.expected["loss"])) < 1e-5, (total / valid, self.expected["loss"])
+        assert right < 1e-5, f"a gradient is {right:.1e} of its norm away"
+        swapped = replace(self.batch, tokens=self.swapped_tokens())
+        dropped = reference and ReferenceLogps(0 * reference.chosen, 0 * reference.rejected)
+        shifted = replace(
+            self.batch, prefix_length=self.batch.prefix_length + 1, chosen_length=self.batch.chosen_length - 1
+        )
+        for what, batch, ref in (
+            ("chosen and rejected swapped", swapped, reference),
+            ("reference dropped", self.batch, dropped),
+            ("labels shifted", shifted, reference),
+        ):
+            wrong = self.gradients(batch, ref)
+            assert wrong > 1e-3, f"{what}: the check did not notice ({wrong:.1e})"
+        if self.world.is_main:
+            print(f"gradients within {right:.1e}, loss {total / valid:.6f}", flush=True)
+
+    def swapped_tokens(self) -> torch.Tensor:
+        """The batch's tokens with both suffixes exchanged where their lengths agree, reversed elsewhere."""
+        tokens = self.batch.tokens.clone()
+        for row, (p, c, r) in enumerate(self.batch.layout().tolist()):
+            own = self.batch.tokens[row, p : p + c + r]
+            tokens[row, p : p + c + r] = torch.cat([own[c:], own[:c]]) if c == r else own.flip(0)
+        return tokens
+
+    def rollouts(self, samples_file: Path) -> None:
+        """Greedy equals transformers; sampled tokens equal those of the first layout that wrote the file."""
+        from megatron_sip.rollout.engine import Sampling
+        from megatron_sip.rollout.megatron import MegatronEngine
+
+        prefixes = [torch.tensor(oracle.pairs()[index][0]).numpy() for index in self.indices]
+        engine = MegatronEngine(self.policy, self.world, wave=3)
+        greedy = Sampling(2, oracle.NEW_TOKENS, 0.0, 1.0, eod=0, stop_at_eod=False, seed=3)
+        tokens = engine.generate(prefixes, self.indices, greedy).tokens
+        wanted = self.expected["greedy"][self.indices]
+        for k in range(2):
+            assert torch.equal(tokens[:, k], wanted), (tokens[:, k], wanted)
+        sampled = replace(greedy, num_rollouts=3, temperature=1.0, top_p=0.9)
+        rollouts = engine.generate(prefixes, self.indices, sampled)
+        assert int(rollouts.tokens.max()) < oracle.VOCAB
+        assert not (rollouts.tokens == 0).any(), "end-of-document was sampled"
+        if self.world.size == 1:
+            torch.save(rollouts.tokens, samples_file)
+            ending = engine.generate(prefixes, self.indices, replace(sampled, temperature=5.0, eod=7, stop_at_eod=True))
+            stop = (ending.tokens == 7).any(-1)
+            assert torch.equal(ending.lengths[~stop], torch.full_like(ending.lengths[~stop], oracle.NEW_TOKENS))
+        else:
+            same = torch.equal(rollouts.tokens, torch.load(samples_file)[self.indices])
+            assert same, "sampled tokens differ from those of one process"
+
+
+def main() -> None:
+    folder, tp, pp, sequence_parallel, micro, samples = sys.argv[1:]
+    check = LayoutCheck(Path(folder), int(tp), int(pp), sequence_parallel == "1", int(micro))
+    check.logprobs()
+    check.step()
+    check.rollouts(Path(samples))
+    print(f"rank {check.world.rank}: passed", flush=True)
+    world_module.stop()
+
+
+if __name__ == "__main__":
+    main()

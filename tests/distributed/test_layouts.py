@@ -1,0 +1,39 @@
+"""Every layout of ranks computes what one process computes, and what transformers computes in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import oracle
+import pytest
+from spawn import run_checks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights, pairs and expectations; the single-process samples are written by the first check."""
+    where = tmp_path_factory.mktemp("oracle")
+    oracle.make(where)
+    run_checks("check_layout.py", 1, str(where), "1", "1", "0", "4", str(where / "samples.pt"))
+    return where
+
+
+LAYOUTS = {
+    "TP2": (2, 2, 1, 0, 2),
+    "TP2 with sequence parallel": (2, 2, 1, 1, 8),
+    "PP2": (2, 1, 2, 0, 1),
+    "DP2": (2, 1, 1, 0, 4),
+    "DP2 with single rows": (2, 1, 1, 0, 1),
+    "TP2 x PP2": (4, 2, 2, 0, 2),
+    "TP2 x PP2 with sequence parallel": (4, 2, 2, 1, 2),
+}
+
+
+@pytest.mark.parametrize(("world_size", "tp", "pp", "sp", "micro"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layout_equals_float64_and_one_process(
+    folder: Path, world_size: int, tp: int, pp: int, sp: int, micro: int
+) -> None:
+    out = run_checks(
+        "check_layout.py", world_size, str(folder), str(tp), str(pp), str(sp), str(micro), str(folder / "samples.pt")
+    )
+    assert out.count("passed") == world_size
