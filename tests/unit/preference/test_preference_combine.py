@@ -130,6 +130,17 @@ CASES = [
     Case("nobody answers", 2, pairs({(0, 1): None}) | points(1, 1), (GONE, GONE), judges=(Q, S), missing=1),
     # A fraction of 0 still needs one answer: a mean of nothing is no score.
     Case("fraction zero", 2, points(None, 1), (GONE, 1.0), judges=(S,), fraction=0.0, missing=1),
+    # Even so candidate 1, which no safety verdict reached, leaves and takes its win over 0 along.
+    # 0: 1 + 0; 2: 0 + 1
+    Case(
+        "fraction zero, lacking one judge",
+        3,
+        pairs({(0, 1): 0, (0, 2): 1, (1, 2): 1}) | points(0, None, 1),
+        (1.0, GONE, 1.0),
+        judges=(Q, S),
+        fraction=0.0,
+        missing=1,
+    ),
     # A judge of weight 0 puts nobody out and adds nothing.
     Case(
         "weight zero",

@@ -66,6 +66,7 @@ def test_option_order_is_seeded_and_even() -> None:
     other = [all_pairs(4, QUALITY, seed=8, sample_index=sample) for sample in range(300)]
     assert first == again
     assert first != other
+    assert len({plan[0][1:3] for plan in first}) == 2, "the order of a pair is drawn anew for each cut"
     swapped = sum(q.first > q.second for plan in first for q in plan if q.second is not None)
     # 1800 fair coins: the mean is 900, the standard deviation 21.
     assert 815 < swapped < 985
