@@ -236,6 +236,8 @@ class JudgeConfig:
     """Weight of the local safety classifier."""
     classifier: Literal["profanity-check", "toxic-bilstm"] = "profanity-check"
     """Local safety classifier."""
+    classifier_path: str | None = None
+    """Folder with model.weights.h5 and tokenizer.pickle for --classifier toxic-bilstm."""
     judge_interval: int = 1
     """Ask the quality, safety and factuality judges every this many iterations; likelihood and classifier always."""
     judge_reading: Literal["generate", "logit"] = "generate"

@@ -1,1 +1,1 @@
-"""Judges and rewriter behind OpenAI-compatible servers."""
+"""Judges, rewriter and the client that talks to their servers."""

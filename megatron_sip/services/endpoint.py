@@ -1,0 +1,134 @@
+"""Where a service lives and how it is reached: settings, addresses, the key, and the state of each server."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from megatron_sip.errors import ConfigError
+
+FIRST_REST_SECONDS = 0.5
+LONGEST_REST_SECONDS = 30.0
+
+
+class Secret:
+    """An API key that shows itself to nobody by accident."""
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The key itself, for the request header only."""
+        return self._value
+
+    def hide_in(self, text: str) -> str:
+        """`text` without the key (a server may echo it in an error)."""
+        return text.replace(self._value, "***")
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """One service: its servers and the limits of a call.
+
+    `key_variables` are environment variables in order of preference. `url_flag` and `model_flag` only serve
+    messages. `timeout` is in seconds and holds for a call as a whole, retries and waits included.
+    """
+
+    urls: tuple[str, ...]
+    model: str | None = None
+    key_variables: tuple[str, ...] = ("JUDGE_API_KEY",)
+    concurrency: int = 64
+    timeout: float = 120.0
+    retries: int = 3
+    allow_insecure: bool = False
+    trust_env_proxy: bool = False
+    url_flag: str = "--judge-url"
+    model_flag: str = "--judge-model"
+
+
+@dataclass
+class Endpoint:
+    """One server of a service. `base` ends in /v1 (or what the user gave), `root` is the same without /v1."""
+
+    base: str
+    root: str
+    in_flight: int = 0
+    failures: int = 0
+    rests_until: float = 0.0
+    calls: int = field(default=0)
+
+    def failed(self, now: float) -> None:
+        """Rest after a failure, twice as long after each further one, so that a dead server is asked seldom."""
+        self.failures += 1
+        self.rests_until = now + min(FIRST_REST_SECONDS * 2 ** (self.failures - 1), LONGEST_REST_SECONDS)
+
+    def worked(self) -> None:
+        """An answer came: the server is trusted again at once."""
+        self.failures = 0
+        self.rests_until = 0.0
+
+
+def choose_endpoint(endpoints: list[Endpoint], now: float, avoid: set[str]) -> Endpoint:
+    """The server with the fewest calls in flight; servers at rest or already tried come last."""
+    return min(endpoints, key=lambda e: (e.base in avoid, e.rests_until > now, e.in_flight, e.calls))
+
+
+def parse_endpoints(settings: ClientSettings) -> list[Endpoint]:
+    """Check the base URLs. ConfigError for one that is no http(s) URL or carries a password or a query."""
+    if not settings.urls:
+        raise ConfigError(f"no server is given; set {settings.url_flag} to a base URL such as http://127.0.0.1:8100/v1")
+    endpoints = []
+    for url in settings.urls:
+        parts = urlsplit(url)
+        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+            # The URL itself is not shown: it may hold a password.
+            raise ConfigError(
+                f"{settings.url_flag} must hold no user, password, query or fragment; "
+                f"a key goes into the environment variable {settings.key_variables[0]}"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{settings.url_flag} {url!r} is no http or https URL, such as http://127.0.0.1:8100/v1")
+        base = url.rstrip("/")
+        if not parts.path.rstrip("/"):
+            base += "/v1"
+        endpoints.append(Endpoint(base=base, root=base.removesuffix("/v1")))
+    return endpoints
+
+
+def read_key(settings: ClientSettings, environ: Mapping[str, str] | None = None) -> Secret | None:
+    """The key from the environment, or None.
+
+    ConfigError if it is no single printable word, or if it would travel over plain http to another host.
+    """
+    variables = os.environ if environ is None else environ
+    name = next((name for name in settings.key_variables if variables.get(name)), None)
+    if name is None:
+        return None
+    value = variables[name].strip()
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ConfigError(f"the environment variable {name} holds no usable key (one printable ASCII word)")
+    for url in settings.urls:
+        if urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname) and not settings.allow_insecure:
+            raise ConfigError(
+                f"{settings.url_flag} {url} would send the key of {name} over plain http to another host; "
+                "use https, unset the key, or give --allow-insecure-judge on a private network"
+            )
+    return Secret(value)
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether `host` is this machine by name or by address."""
+    if host is None:
+        return False
+    if host.rstrip(".").lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,205 @@
+"""A checked model behind a `ServiceClient`: token counts, prompts that fit, label tokens, chat and scoring calls."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_sip.errors import ServiceError
+from megatron_sip.services.client import ServerInfo, ServiceClient
+from megatron_sip.services.prompts import Prompt
+from megatron_sip.services.quoting import Quoter, special_strings_of
+from megatron_sip.types import Missing, MissingReason
+
+PREFIX_STEP = 64
+SMALLEST_PREFIX = 16
+BOUNDARY_SLACK = 4
+COUNTS_KEPT = 50_000
+TOP_LOGPROBS = 20
+
+
+class ModelServer:
+    """One model of one service, after `start`.
+
+    `trims` counts prompts that lost prefix tokens. `max_context` (tokens) overrides what the server reports.
+    """
+
+    def __init__(self, client: ServiceClient, max_context: int | None = None) -> None:
+        self.client = client
+        self.quoter = Quoter()
+        self.trims = 0
+        self._max_context = max_context
+        self._info: ServerInfo | None = None
+        self._counts: OrderedDict[str, asyncio.Future[int | None]] = OrderedDict()
+        self._template_tokens = 64
+        self._bos: list[int] = []
+
+    @property
+    def info(self) -> ServerInfo:
+        """What the server serves; RuntimeError before `start`."""
+        if self._info is None:
+            raise RuntimeError("ModelServer.start was not awaited")
+        return self._info
+
+    @property
+    def context(self) -> int | None:
+        """Longest prompt plus answer in tokens, or None where neither the server nor the user says."""
+        reported = self.info.max_model_len
+        if self._max_context is not None and reported is not None:
+            return min(self._max_context, reported)
+        return self._max_context or reported
+
+    async def start(self) -> None:
+        """Check the service and learn its tokenizer's habits. Raises ServiceError."""
+        await self.client.open()
+        self._info = await self.client.check()
+        self.quoter = Quoter(special_strings_of(self._info.root))
+        if self._info.has_tokenize:
+            bare, full = await self._tokens_or_raise("a", False), await self._tokens_or_raise("a", True)
+            self._bos = full[: len(full) - len(bare)] if full[len(full) - len(bare) :] == bare else []
+            turn = await self.tokenize_chat([{"role": "user", "content": "a"}])
+            if isinstance(turn, Missing):
+                raise ServiceError(f"{self.client} cannot render a chat turn ({turn.detail}); serve an instruct model")
+            self._template_tokens = len(turn)
+
+    async def _tokens_or_raise(self, text: str, special: bool) -> list[int]:
+        found = await self.tokenize(text, special)
+        if isinstance(found, Missing):
+            raise ServiceError(f"{self.client}: /tokenize failed ({found.reason}: {found.detail})")
+        return found[0]
+
+    @property
+    def bos(self) -> list[int]:
+        """Ids that the tokenizer puts before a text (often one, often none)."""
+        return list(self._bos)
+
+    async def tokenize(self, text: str, special: bool = False) -> tuple[list[int], list[str]] | Missing:
+        """Token ids and token strings of a plain text."""
+        body = {
+            "model": self.info.model,
+            "prompt": text,
+            "add_special_tokens": special,
+            "return_token_strs": True,
+        }
+        answer = await self.client.post("/tokenize", body, at_root=True)
+        if isinstance(answer, Missing):
+            return answer
+        tokens, strings = answer.get("tokens"), answer.get("token_strs")
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            return Missing(MissingReason.MALFORMED, "/tokenize gave no token ids")
+        usable = isinstance(strings, list) and len(strings) == len(tokens)
+        return tokens, [str(s) for s in strings] if usable and strings is not None else []
+
+    async def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int] | Missing:
+        """Token ids of rendered chat messages; a last assistant message is left open for the model to go on."""
+        answer = await self.client.post(
+            "/tokenize",
+            {"model": self.info.model, "messages": list(messages), **open_turn(messages)},
+            at_root=True,
+        )
+        if isinstance(answer, Missing):
+            return answer
+        tokens = answer.get("tokens")
+        if not isinstance(tokens, list):
+            return Missing(MissingReason.MALFORMED, "/tokenize gave no token ids")
+        return tokens
+
+    async def count(self, text: str) -> int:
+        """Tokens of `text`, each text asked once; where /tokenize does not answer, one token for two bytes."""
+        if self.info.has_tokenize:
+            known = self._counts.get(text)
+            if known is None:
+                known = asyncio.ensure_future(self._ask_count(text))
+                self._counts[text] = known
+                if len(self._counts) > COUNTS_KEPT:
+                    self._counts.popitem(last=False)
+            counted = await asyncio.shield(known)
+            if counted is not None:
+                return counted
+            self._counts.pop(text, None)
+        return math.ceil(len(text.encode()) / 2)
+
+    async def _ask_count(self, text: str) -> int | None:
+        found = await self.tokenize(text)
+        return None if isinstance(found, Missing) else len(found[0])
+
+    async def fit(self, prompt: Prompt, answer_tokens: int) -> list[dict[str, str]] | Missing:
+        """Chat messages that leave room for the answer; the prefix loses tokens from the left if it must.
+
+        The prefix is cut to a multiple of 64 tokens, so that the prompts of one pool go on sharing their beginning.
+        """
+        if self.context is None:
+            return prompt.messages()
+        room = self.context - answer_tokens - self._template_tokens
+        parts = prompt.parts()
+        # A token is at least one byte, so a short prompt needs no question to the server.
+        if sum(len(part.encode()) for part in (*parts, prompt.prefill)) <= room:
+            return prompt.messages()
+        counts = [await self.count(part) for part in (*parts, prompt.prefill) if part]
+        excess = sum(counts) + BOUNDARY_SLACK * len(counts) - room
+        if excess <= 0:
+            return prompt.messages()
+        prefix_tokens = await self.count(prompt.prefix) if prompt.prefix else 0
+        keep = prefix_tokens - excess
+        if keep < SMALLEST_PREFIX:
+            return Missing(MissingReason.TOO_LONG, f"the prompt is {excess} tokens too long without its prefix")
+        self.trims += 1
+        return prompt.messages(await self._shorten(prompt.prefix, keep - keep % PREFIX_STEP or keep))
+
+    async def _shorten(self, text: str, tokens: int) -> str:
+        """The end of `text` with at most `tokens` tokens, beginning at a word where one is near."""
+        count = await self.count(text)
+        share = 1.0
+        while count > tokens:
+            share *= 0.98 * tokens / count
+            kept = text[len(text) - int(len(text) * share) :]
+            head, space, rest = kept.partition(" ")
+            shorter = rest if space and len(head) < 40 else kept
+            count = await self.count(shorter)
+            if count <= tokens:
+                return shorter
+        return text
+
+    async def chat(self, messages: list[dict[str, str]], **fields: Any) -> dict[str, Any] | Missing:
+        """One chat completion; `fields` are the request's further members."""
+        body = {"model": self.info.model, "messages": messages, **fields}
+        if messages[-1]["role"] == "assistant":
+            body |= open_turn(messages)
+        return await self.client.post("/chat/completions", body)
+
+    async def complete(self, token_ids: list[int], **fields: Any) -> dict[str, Any] | Missing:
+        """One completion of a prompt of tokens."""
+        return await self.client.post("/completions", {"model": self.info.model, "prompt": token_ids, **fields})
+
+    async def label_ids(self, prefill: str, labels: Sequence[str]) -> dict[str, list[int]]:
+        """Token ids that spell each label right after `prefill`, with and without a leading space.
+
+        Asked of /tokenize in that very position. ServiceError where a label is no single token of its own.
+        """
+        opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": prefill}]
+        before = await self.tokenize_chat(opening)
+        found: dict[str, list[int]] = {label: [] for label in labels}
+        for label in labels:
+            for spelling in (" " + label, label):
+                opening[1] = {"role": "assistant", "content": prefill + spelling}
+                after = await self.tokenize_chat(opening)
+                if isinstance(before, Missing) or isinstance(after, Missing):
+                    raise ServiceError(f"{self.client} does not tokenize an open assistant turn; use another reading")
+                if after[: len(before)] == before and len(after) == len(before) + 1:
+                    found[label].append(after[-1])
+        ids = [token for spellings in found.values() for token in spellings]
+        if not all(found.values()) or len(set(ids)) != len(ids):
+            raise ServiceError(
+                f"{self.client}: the labels {', '.join(labels)} are no single tokens of {self.info.model}; "
+                "use --judge-reading generate"
+            )
+        return found
+
+
+def open_turn(messages: Sequence[Mapping[str, str]]) -> dict[str, bool]:
+    """Request fields that let the model go on with a last assistant message, or begin its own."""
+    prefilled = messages[-1]["role"] == "assistant"
+    return {"add_generation_prompt": not prefilled, "continue_final_message": prefilled}
