@@ -24,7 +24,7 @@ LONGEST_POLL = 2.0
 """Seconds between two meetings at most (the house allows 5)."""
 
 
-class StopRequested(Exception):
+class StopRequestedError(Exception):
     """Raised on all ranks alike when one of them was asked to stop while waiting."""
 
 
@@ -88,7 +88,7 @@ class Leader:
 
         Raises:
             SipError: a leader's future failed with it; on all ranks alike.
-            StopRequested: a rank was asked to stop.
+            StopRequestedError: a rank was asked to stop.
         """
         poll = 0.02
         while True:
@@ -98,7 +98,7 @@ class Leader:
             state = torch.tensor([int(waiting), int(self.stop_requested())])
             dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.world.control_group)
             if state[1]:
-                raise StopRequested
+                raise StopRequestedError
             if not state[0]:
                 break
             poll = min(2 * poll, LONGEST_POLL)

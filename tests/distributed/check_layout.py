@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,12 +85,20 @@ class LayoutCheck:
         )
 
     def logprobs(self) -> None:
-        """Suffix sums of every row, valid or not."""
+        """Every suffix token of every row, valid or not, and the sums by row."""
+        from megatron_sip.loss.logprob import token_logprobs
+
+        def collect(logits: torch.Tensor, micro: Any, **_schedule: Any) -> torch.Tensor:
+            return token_logprobs(logits, micro.scored.target)
+
+        tokens = self.trainer._run(self.batch, collect, None, forward_only=True)
         logps = self.trainer.segment_logps(self.batch)
         if logps is not None:
-            wanted = self.expected["logps"][self.indices]
-            torch.testing.assert_close(logps.chosen.detach(), wanted[:, 0], atol=2e-4, rtol=1e-5)
-            torch.testing.assert_close(logps.rejected.detach(), wanted[:, 1], atol=2e-4, rtol=1e-5)
+            wanted = [self.expected["tokens"][index] for index in self.indices]
+            torch.testing.assert_close(torch.cat(tokens).double(), torch.cat(wanted), atol=1e-5, rtol=0)
+            sums = torch.stack([logps.chosen, logps.rejected], dim=1)
+            limit = 1e-5 * self.batch.layout()[:, 1:]
+            assert bool(((sums - self.expected["logps"][self.indices]).abs() <= limit).all())
 
     def gradients(self, batch: PreferenceBatch, reference: ReferenceLogps | None) -> float:
         """Largest distance of a gradient tensor from the oracle's, relative to that tensor's norm; over all ranks."""

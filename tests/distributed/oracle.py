@@ -51,7 +51,7 @@ def perturbed(model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return other.float()
 
 
@@ -72,18 +72,20 @@ def suffix_logps(model: LlamaForCausalLM, prefix: list[int], suffix: list[int]) 
     return logps.gather(1, torch.tensor(suffix)[:, None]).squeeze(1)
 
 
-def dpo(policy: LlamaForCausalLM, reference: LlamaForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean DPO loss over the valid pairs (paper section 5), and `[pairs, 2]` policy log-probabilities."""
-    losses, logps = [], []
+def dpo(policy: LlamaForCausalLM, reference: LlamaForCausalLM) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Mean DPO loss over the valid pairs (paper section 5), `[pairs, 2]` policy sums, and tokens of each pair."""
+    losses, logps, tokens = [], [], []
     for index, (prefix, chosen, rejected) in enumerate(pairs()):
-        own = [suffix_logps(policy, prefix, suffix).sum() for suffix in (chosen, rejected)]
+        both = [suffix_logps(policy, prefix, suffix) for suffix in (chosen, rejected)]
+        own = [part.sum() for part in both]
+        tokens.append(torch.cat(both).detach())
         logps.append(torch.stack(own))
         if index in INVALID:
             continue
         with torch.no_grad():
             ref = [suffix_logps(reference, prefix, suffix).sum() for suffix in (chosen, rejected)]
         losses.append(-F.logsigmoid(BETA * ((own[0] - ref[0]) - (own[1] - ref[1]))))
-    return torch.stack(losses).mean(), torch.stack(logps)
+    return torch.stack(losses).mean(), torch.stack(logps), tokens
 
 
 def save_like(model: LlamaForCausalLM, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -100,7 +102,7 @@ def make(folder: Path, **changes: Any) -> None:
     for name, model in (("policy", policy), ("reference", reference)):
         save_like(model, folder / name, dict(model.state_dict()))
     policy, reference = policy.double(), reference.double()
-    loss, logps = dpo(policy, reference)
+    loss, logps, tokens = dpo(policy, reference)
     loss.backward()
     gradients = {name: parameter.grad.float() for name, parameter in policy.named_parameters()}
     save_like(policy, folder / "gradient", gradients)
@@ -111,4 +113,5 @@ def make(folder: Path, **changes: Any) -> None:
                 torch.tensor([prefix]), max_new_tokens=NEW_TOKENS, do_sample=False, suppress_tokens=[0], pad_token_id=0
             )
             greedy.append(ids[0, len(prefix) :])
-    torch.save({"loss": loss.detach(), "logps": logps.detach(), "greedy": torch.stack(greedy)}, folder / "expected.pt")
+    expected = {"loss": loss.detach(), "logps": logps.detach(), "tokens": tokens, "greedy": torch.stack(greedy)}
+    torch.save(expected, folder / "expected.pt")
