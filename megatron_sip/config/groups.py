@@ -12,6 +12,7 @@ from typing import Literal
 
 Objective = Literal["ntp", "online-dpo", "rf-nll", "sft-rewrite", "sft-rollout", "dpo-rewrite-over-rollout"]
 PoolMember = Literal["original", "rewrite", "rollout"]
+ScoringMethod = Literal["all-pairs", "pivot"]
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ class PreferenceConfig:
 
     pool: tuple[PoolMember, ...] = ("original", "rollout")
     """Kinds of candidates in the pool."""
+    scoring: ScoringMethod = "all-pairs"
+    """Which pairs a pairwise judge sees; pivot: each candidate against one only (cheap, far less exact)."""
     beta: float = 0.1
     """Strength of the DPO constraint."""
     length_normalization: bool = False

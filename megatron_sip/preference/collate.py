@@ -65,11 +65,14 @@ def collate(
     many prefix tokens.
 
     Raises:
-        ValueError: no items, an empty prefix or suffix, or a limit below 1.
+        ValueError: no items, items of different objectives, an empty prefix or suffix, or a limit below 1.
     """
     if max_prefix is not None and max_prefix < 1:
         raise ValueError(f"max_prefix must be at least 1, not {max_prefix}")
-    with_rejected = any(isinstance(pair, Pair) and pair.rejected is not None for _, pair in items)
+    halves = {pair.rejected is not None for _, pair in items if isinstance(pair, Pair)}
+    if len(halves) == 2:
+        raise ValueError("pairs with and without a rejected suffix belong to different objectives")
+    with_rejected = True in halves
     rows = [
         _empty_row(cut, with_rejected) if isinstance(pair, NoPair) else _pair_row(cut, pair, max_prefix)
         for cut, pair in items

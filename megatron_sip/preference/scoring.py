@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, Protocol
+from typing import Protocol
 
+from megatron_sip.config.groups import ScoringMethod
 from megatron_sip.preference.draw import Purpose, draw_index
 from megatron_sip.types import Answers, Candidate, CandidateKind, Question, Scores, Verdict
-
-ScoringMethod = Literal["all-pairs", "pivot"]
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,11 @@ def test_rows_that_cannot_be_are_refused(item, options, message: str) -> None:
         collate([])
 
 
+def test_pairs_of_different_objectives_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="different objectives"):
+        collate([(cut(0, [1], [2]), pair((2,), (3,))), (cut(1, [1], [2]), pair((2,), None))])
+
+
 def test_both_suffixes_start_at_the_prefix_length() -> None:
     batch = two_rows()
     #        prefix | chosen | rejected | padding
