@@ -105,6 +105,8 @@ class DataConfig:
     """Longest prefix; default seq-length minus suffix-length."""
     min_document_length: int | None = None
     """Shorter documents are skipped and counted; default min-prefix-length plus suffix-length."""
+    ntp_samples: Literal["packed", "cuts"] = "packed"
+    """What --objective ntp trains on: packed windows of seq-length, or the cuts that the other objectives see."""
     data_cache_path: str | None = None
     """Folder for the index of cuts; default beside the corpus, or the system's cache folder."""
 

@@ -104,8 +104,12 @@ class Leader:
             poll = min(2 * poll, LONGEST_POLL)
         return self.together(lambda: None if future is None else future.result())
 
-    def any_stop(self) -> bool:
-        """Whether any rank was asked to stop; the same answer everywhere."""
-        state = torch.tensor(int(self.stop_requested()))
+    def any(self, condition: bool) -> bool:
+        """Whether `condition` holds on any rank; the same answer everywhere."""
+        state = torch.tensor(int(condition))
         dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.world.control_group)
         return bool(state)
+
+    def any_stop(self) -> bool:
+        """Whether any rank was asked to stop; the same answer everywhere."""
+        return self.any(self.stop_requested())

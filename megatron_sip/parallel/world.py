@@ -65,18 +65,6 @@ class World:
         return dist.get_process_group_ranks(self.pp_group)[-1]
 
 
-def launched_world_size() -> int:
-    """Number of ranks that torchrun started; 1 without torchrun.
-
-    Raises:
-        ConfigError: WORLD_SIZE is not a number.
-    """
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdigit():
-        raise ConfigError(f"the environment variable WORLD_SIZE is {text!r}, not a number; start with torchrun")
-    return int(text)
-
-
 def _choose_device(config: Config) -> tuple[torch.device, str]:
     """Device of this rank and the collective backend that goes with it."""
     if torch.cuda.is_available():

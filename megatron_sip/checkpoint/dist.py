@@ -1,0 +1,220 @@
+"""Our own checkpoints: megatron-core's distributed format, complete before it is named.
+
+    <save>/iter_0000020/            .metadata, *.distcp, common.pt, run_config.yaml
+    <save>/latest_checkpointed_iteration.txt
+
+A checkpoint is written into `iter_0000020.incomplete`, flushed, renamed, and only then named in the latest
+file, so that neither a crash nor a full disk can make a half-written one the newest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_sip.config.groups import Config
+from megatron_sip.config.run_config import save_run_config
+from megatron_sip.errors import CheckpointError
+from megatron_sip.parallel.world import World
+from megatron_sip.training.step import PolicyTrainer
+
+FORMAT_VERSION = 1
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `stream` is the data stream's own description of corpus and position."""
+
+    iteration: int
+    consumed_samples: int
+    stream: dict[str, Any]
+
+
+def checkpoint_folder(root: Path, iteration: int) -> Path:
+    """Folder of one checkpoint."""
+    return root / f"iter_{iteration:07d}"
+
+
+def latest_iteration(root: Path) -> int | None:
+    """Iteration of the newest complete checkpoint, or None if `root` holds none.
+
+    Raises:
+        CheckpointError: the latest file is damaged or names a folder that is not there.
+    """
+    file = root / LATEST
+    if not file.exists():
+        return None
+    text = file.read_text().strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{file} holds {text[:40]!r}, not an iteration; write the wanted iteration into it")
+    if not checkpoint_folder(root, int(text)).is_dir():
+        raise CheckpointError(
+            f"{file} names iteration {text}, but {checkpoint_folder(root, int(text))} is missing; "
+            "restore it or write an iteration that is there into the file"
+        )
+    return int(text)
+
+
+def _reference_shards(trainer: PolicyTrainer) -> dict[str, Any]:
+    """The reference's host tensors, sharded exactly as the policy's parameters are."""
+    if trainer.reference is None:
+        return {}
+    tensors, shards = trainer.reference.tensors, {}
+    for name, shard in trainer.policy.sharded_state_dict(prefix="reference.").items():
+        local = name.removeprefix("reference.")
+        if local not in tensors:
+            continue  # extra state of Transformer Engine layers, not a parameter
+        if isinstance(shard, ShardedTensor):
+            shards[local] = replace(shard, data=tensors[local], dtype=torch.float32)
+        elif isinstance(shard, ShardedTensorFactory):
+            shards[local] = replace(shard, data=tensors[local])
+        else:
+            raise TypeError(f"the policy's {local} has an unexpected shard of type {type(shard).__name__}")
+    return shards
+
+
+def _state(trainer: PolicyTrainer, *, loading: bool, with_training: bool = True) -> dict[str, Any]:
+    """What is saved, as megatron-core's sharded state dict; on loading it tells the wanted shapes."""
+    model = trainer.policy.sharded_state_dict()
+    state: dict[str, Any] = {"model": model}
+    if with_training:
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(model, is_loading=loading)
+        state["reference"] = _reference_shards(trainer)
+    return state
+
+
+def save(config: Config, world: World, trainer: PolicyTrainer, progress: Progress) -> Path:
+    """Write a checkpoint; all ranks call it together.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        CheckpointError: the folder cannot be written; an earlier checkpoint stays intact.
+    """
+    if config.checkpoint.save is None:
+        raise CheckpointError("no folder to save to; give --save")
+    root = Path(config.checkpoint.save)
+    final = checkpoint_folder(root, progress.iteration)
+    partial = final.with_name(final.name + ".incomplete")
+    _on_main(world, lambda: _fresh_folder(partial))
+    state = _state(trainer, loading=False)
+    state.update(
+        format_version=FORMAT_VERSION,
+        iteration=progress.iteration,
+        consumed_samples=progress.consumed_samples,
+        stream=progress.stream,
+        scheduler=trainer.scheduler.state_dict(),
+        reference_steps=trainer.reference.optimizer_steps if trainer.reference else 0,
+        torch_rng=torch.get_rng_state(),
+    )
+    try:
+        dist_checkpointing.save(state, str(partial), validate_access_integrity=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {partial}: {error}; free space or choose another --save") from error
+    dist.barrier(group=world.control_group)
+    _on_main(world, lambda: _publish(config, partial, final, progress.iteration))
+    return final
+
+
+def _on_main(world: World, action: Any) -> None:
+    """Run `action` on the main rank; its failure is raised on all ranks."""
+    error: list[str | None] = [None]
+    if world.is_main:
+        try:
+            action()
+        except OSError as caught:
+            error[0] = f"cannot write the checkpoint: {caught}; check the folder of --save"
+    dist.broadcast_object_list(error, src=0, group=world.control_group)
+    if error[0] is not None:
+        raise CheckpointError(error[0])
+
+
+def _fresh_folder(partial: Path) -> None:
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _publish(config: Config, partial: Path, final: Path, iteration: int) -> None:
+    """Flush, rename, and only then name the checkpoint."""
+    save_run_config(config, partial / "run_config.yaml")
+    for file in sorted(partial.rglob("*")):
+        _fsync(file)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _fsync(final.parent)
+    latest = final.parent / LATEST
+    fresh = latest.with_suffix(".tmp")
+    fresh.write_text(f"{iteration}\n")
+    _fsync(fresh)
+    fresh.replace(latest)
+    _fsync(final.parent)
+
+
+def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
+    """Load the newest checkpoint under `root` into the trainer; all ranks call it together.
+
+    `weights_only` takes the policy alone (`--finetune`): the optimizer, the schedule and the position start anew.
+
+    Raises:
+        CheckpointError: none is there, it is damaged, or it belongs to a model of another shape.
+    """
+    iteration = latest_iteration(root)
+    if iteration is None:
+        raise CheckpointError(f"--load {root}: no {LATEST} there; name a folder that --save wrote")
+    folder = checkpoint_folder(root, iteration)
+    wanted = _state(trainer, loading=True, with_training=not weights_only)
+    try:
+        # An NTP run leaves no reference: then the reference starts as a copy of what is loaded.
+        if not weights_only and not _has_reference(folder):
+            wanted.pop("reference")
+        state = dist_checkpointing.load(wanted, str(folder))
+    except (OSError, KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(
+            f"--load {folder} does not fit this run: {_first_line(error)}; the model flags must be those in its "
+            "run_config.yaml, and its files complete"
+        ) from error
+    if state.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+        raise CheckpointError(f"{folder} was written by a newer version of megatron_sip; upgrade to load it")
+    trainer.policy.load_state_dict(state["model"], strict=True)
+    if weights_only:
+        trainer.after_weights_changed()
+        return Progress(0, 0, {})
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["torch_rng"])
+    if trainer.reference:
+        if state.get("reference"):
+            trainer.reference.load(state["reference"], state["reference_steps"])
+        else:
+            trainer.reference.copy_policy()
+    return Progress(state["iteration"], state["consumed_samples"], state["stream"])
+
+
+def _has_reference(folder: Path) -> bool:
+    """Whether the checkpoint holds a reference policy."""
+    return any(key.startswith("reference.") for key in dist_checkpointing.load_sharded_metadata(str(folder)))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,200 @@
+"""From cuts to a batch of preference pairs: rollouts, rewrites, verdicts, selection.
+
+Every rank of a model-parallel group calls `make` with the same cuts. All ranks write rollouts; the leader
+alone has texts, asks the servers and selects; the others receive the finished batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from megatron_sip.config.groups import Config
+from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.metrics.aggregate import pool_metrics
+from megatron_sip.parallel.leader import Leader
+from megatron_sip.parallel.world import World
+from megatron_sip.preference.collate import collate, ntp_batch
+from megatron_sip.preference.combine import combine
+from megatron_sip.preference.curriculum import active_rollouts, apply_bonus
+from megatron_sip.preference.pool import build_pool
+from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
+from megatron_sip.preference.select import choose, needs_scores
+from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
+from megatron_sip.services.hub import PreferenceServices, needs_rewriter
+from megatron_sip.types import Answers, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """One step's batch and, on leaders, what led to it.
+
+    `metrics` holds (sum, count) by name and is empty off the leaders; `seconds` by part is there on all ranks.
+    """
+
+    batch: PreferenceBatch
+    pools: list[Pool] = field(default_factory=list)
+    scores: list[Scores | None] = field(default_factory=list)
+    pairs: list[Pair | NoPair] = field(default_factory=list)
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class BatchMaker(Protocol):
+    """Turns the cuts of one iteration into rows to train on."""
+
+    def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
+        """Start what a coming iteration will need and what depends on its documents alone."""
+        ...
+
+    def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:
+        """The rows of this iteration; called by all ranks."""
+        ...
+
+
+class NextTokenMaker:
+    """Plain pretraining: every cut is one row of next-token prediction."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.multiple = world.tp_size if config.parallel.sequence_parallel else 1
+
+    def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
+        """Nothing is asked of anybody."""
+
+    def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:  # noqa: ARG002  # the protocol's
+        """Prefix and suffix as one row."""
+        return Preferences(batch=ntp_batch(cuts, self.multiple))
+
+
+class PreferenceMaker:
+    """Makes the preference pairs of one step. `services` is None on ranks that are no leader."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        leader: Leader,
+        tokenizer: Tokenizer,
+        engine: RolloutEngine,
+        services: PreferenceServices | None,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.leader = leader
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.services = services
+        self._rewrites: dict[int, Future[list[str | Missing]]] = {}
+
+    def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
+        """Ask for the rewrites of a coming iteration, which depend on the documents alone."""
+        due = needs_rewriter(self.config) and iteration % self.config.rewriter.rewrite_interval == 0
+        if self.services is None or not due or iteration in self._rewrites:
+            return
+        texts = []
+        for cut in cuts:
+            prefix, suffix = cut.prefix.tolist(), cut.suffix.tolist()
+            texts.append((self.tokenizer.prefix_text(prefix), self.tokenizer.candidate_text(prefix, suffix)))
+        # Twice the suffix: the rewriter's tokens are not the policy's, and an answer cut by length is lost.
+        self._rewrites[iteration] = self.services.submit_rewrites(texts, 2 * self.config.data.suffix_length)
+
+    def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:
+        """The batch of this iteration.
+
+        Raises:
+            SipError: a server cannot be used at all; on all ranks alike.
+            StopRequestedError: a rank was asked to stop while judges were awaited.
+        """
+        started = time.perf_counter()
+        self.prefetch(cuts, iteration)
+        rollouts = self._write_rollouts(cuts, iteration)
+        rolled = time.perf_counter()
+        rewrites = self.leader.wait(self._rewrites.pop(iteration, None))
+        pools, absent = self._pools(cuts, rollouts, rewrites)
+        scores = self._score(pools, iteration)
+        pairs = [
+            choose(self.config.training.objective, pool, own, self.config.training.seed)
+            for pool, own in zip(pools, scores, strict=True)
+        ]
+        judged = time.perf_counter()
+        multiple = self.world.tp_size if self.config.parallel.sequence_parallel else 1
+        mine = collate(list(zip(cuts, pairs, strict=True)), width_multiple=multiple) if self.services else None
+        return Preferences(
+            batch=self.leader.tell(mine),
+            pools=pools,
+            scores=scores,
+            pairs=pairs,
+            metrics=pool_metrics(pools, scores, pairs, absent) if self.services else {},
+            seconds={"rollout": rolled - started, "judge_wait": judged - rolled},
+        )
+
+    def _write_rollouts(self, cuts: Sequence[Cut], iteration: int) -> Rollouts | None:
+        count = active_rollouts(self.config.preference, self.config.rollout, iteration)
+        if self.config.training.objective == "sft-rewrite" or count == 0:
+            return None
+        if needs_scores(self.config.training.objective) and "rollout" not in self.config.preference.pool:
+            return None
+        sampling = Sampling(
+            num_rollouts=count,
+            max_new_tokens=self.config.data.suffix_length,
+            temperature=self.config.rollout.temperature,
+            top_p=self.config.rollout.top_p,
+            eod=self.tokenizer.eod,
+            stop_at_eod=self.config.rollout.rollout_stop_at_eod,
+            seed=self.config.training.seed,
+        )
+        return self.engine.generate([cut.prefix for cut in cuts], [cut.sample_index for cut in cuts], sampling)
+
+    def _pools(
+        self, cuts: Sequence[Cut], rollouts: Rollouts | None, rewrites: list[str | Missing] | None
+    ) -> tuple[list[Pool], list[list[Missing]]]:
+        """Pools of all cuts, on the leader; nothing elsewhere."""
+        if self.services is None:
+            return [], []
+        objective = self.config.training.objective
+        members = self.config.preference.pool if needs_scores(objective) else ("rewrite", "rollout")
+        pools, absent = [], []
+        for index, cut in enumerate(cuts):
+            rows = [rollouts.row(index, k) for k in range(rollouts.tokens.shape[1])] if rollouts else []
+            rewrite = None if rewrites is None else rewrites[index]
+            pool, missing = build_pool(cut, members, rows, rewrite, self.config.data.suffix_length, self.tokenizer)
+            pools.append(pool)
+            absent.append(missing)
+        return pools, absent
+
+    def _score(self, pools: Sequence[Pool], iteration: int) -> list[Scores | None]:
+        """Ask the judges in the rounds of the scoring plan; all ranks wait together."""
+        if not needs_scores(self.config.training.objective):
+            return [None] * len(pools)
+        judges = self.services.judges(iteration) if self.services else []
+        plans = [self._plan(pool, judges) for pool in pools]
+        answers: list[Answers] = [{} for _ in pools]
+        while True:
+            questions = [plan.next_round(given) for plan, given in zip(plans, answers, strict=True)]
+            if not self.leader.any(any(questions)):
+                break
+            future = self.services.submit_answers(pools, questions) if self.services else None
+            for given, fresh in zip(answers, self.leader.wait(future) or [], strict=True):
+                given.update(fresh)
+        return [self._combined(pool, given, judges, iteration) for pool, given in zip(pools, answers, strict=True)]
+
+    def _plan(self, pool: Pool, judges: Sequence[JudgeSpec]) -> ScoringPlan:
+        return plan_scoring(
+            self.config.preference.scoring,
+            pool.candidates,
+            distinct(pool.candidates),
+            judges,
+            seed=self.config.training.seed,
+            sample_index=pool.sample_index,
+        )
+
+    def _combined(self, pool: Pool, answers: Answers, judges: Sequence[JudgeSpec], iteration: int) -> Scores:
+        """Verdicts of the distinct candidates to scores of the whole pool."""
+        unique = distinct(pool.candidates)
+        planned: list[Question] = list(answers)
+        fraction = self.config.preference.min_answered_fraction
+        scores = unique.spread(combine(len(unique), planned, answers, judges, fraction))
+        return apply_bonus(scores, pool, self.config.preference, iteration)
