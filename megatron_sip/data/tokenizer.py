@@ -67,7 +67,7 @@ class Tokenizer:
         if self.eod in self.encode(f"a{self._hf.eos_token} b"):
             raise DataError(
                 f"--tokenizer-model {self.path}: the text {self._hf.eos_token!r} in a document becomes the "
-                'end-of-document token; mark it "special": true under added_tokens in tokenizer.json'
+                "end-of-document token; name an eos_token in tokenizer_config.json that is no piece of ordinary text"
             )
 
     def fingerprint(self) -> str:
