@@ -1,6 +1,8 @@
 """One layout against the oracle: log-probabilities, loss, every gradient, three mutations, greedy and sampled tokens.
 
-torchrun check_layout.py FOLDER TP PP SP MICRO_BATCH SAMPLES_FILE
+torchrun check_layout.py FOLDER TP PP SP MICRO_BATCH SAMPLES_FILE [bf16]
+
+With bf16 the bounds are those of the format: it has 8 bits of mantissa.
 """
 
 from __future__ import annotations
@@ -47,14 +49,15 @@ def batch_of(indices: list[int], multiple: int) -> PreferenceBatch:
 class LayoutCheck:
     """The policy of the oracle at the layout of this launch."""
 
-    def __init__(self, folder: Path, tp: int, pp: int, sequence_parallel: bool, micro: int) -> None:
+    def __init__(self, folder: Path, tp: int, pp: int, sequence_parallel: bool, micro: int, bf16: bool) -> None:
         self.folder = folder
+        self.token_limit, self.gradient_limit = (0.3, 0.25) if bf16 else (1e-5, 1e-5)
         config = Config(
             model=model_config_from_hf(folder / "policy"),
             parallel=ParallelConfig(
                 tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sequence_parallel
             ),
-            training=TrainingConfig(micro_batch_size=micro, global_batch_size=len(oracle.PAIRS)),
+            training=TrainingConfig(micro_batch_size=micro, global_batch_size=len(oracle.PAIRS), bf16=bf16),
             preference=PreferenceConfig(beta=oracle.BETA),
         )
         self.config = config
@@ -95,9 +98,11 @@ class LayoutCheck:
         logps = self.trainer.segment_logps(self.batch)
         if logps is not None:
             wanted = [self.expected["tokens"][index] for index in self.indices]
-            torch.testing.assert_close(torch.cat(tokens).double(), torch.cat(wanted), atol=1e-5, rtol=0)
-            sums = torch.stack([logps.chosen, logps.rejected], dim=1)
-            limit = 1e-5 * self.batch.layout()[:, 1:]
+            torch.testing.assert_close(
+                torch.cat(tokens).double().cpu(), torch.cat(wanted), atol=self.token_limit, rtol=0
+            )
+            sums = torch.stack([logps.chosen, logps.rejected], dim=1).cpu()
+            limit = self.token_limit * self.batch.layout()[:, 1:]
             assert bool(((sums - self.expected["logps"][self.indices]).abs() <= limit).all())
 
     def gradients(self, batch: PreferenceBatch, reference: ReferenceLogps | None) -> float:
@@ -108,16 +113,15 @@ class LayoutCheck:
         wanted = {name: torch.empty_like(p) for name, p in self.policy.named_parameters()}
         self.load("gradient", wanted)
         worst = max(
-            float((p.main_grad - wanted[name]).norm() / wanted[name].norm())
+            float((p.main_grad - wanted[name].float()).norm() / wanted[name].float().norm())
             for name, p in self.policy.named_parameters()
         )
         return self.over_ranks(worst, dist.ReduceOp.MAX)
 
-    @staticmethod
-    def over_ranks(value: float, operation: dist.ReduceOp) -> float:
+    def over_ranks(self, value: float, operation: dist.ReduceOp) -> float:
         """A number reduced over all ranks."""
         box = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(box, op=operation)
+        dist.all_reduce(box, op=operation, group=self.world.control_group)
         return float(box)
 
     def step(self) -> None:
@@ -126,8 +130,9 @@ class LayoutCheck:
         right = self.gradients(self.batch, reference)
         total = self.over_ranks(self.loss, dist.ReduceOp.SUM)
         valid = len(oracle.PAIRS) - len(oracle.INVALID)
-        assert abs(total / valid - float(self.expected["loss"])) < 1e-5, (total / valid, self.expected["loss"])
-        assert right < 1e-5, f"a gradient is {right:.1e} of its norm away"
+        found, wanted = total / valid, float(self.expected["loss"])
+        assert abs(found - wanted) < self.gradient_limit, f"loss {found}, not {wanted}"
+        assert right < self.gradient_limit, f"a gradient is {right:.1e} of its norm away"
         swapped = replace(self.batch, tokens=self.swapped_tokens())
         dropped = reference and ReferenceLogps(0 * reference.chosen, 0 * reference.rejected)
         shifted = replace(
@@ -139,9 +144,11 @@ class LayoutCheck:
             ("labels shifted", shifted, reference),
         ):
             wrong = self.gradients(batch, ref)
-            assert wrong > 1e-3, f"{what}: the check did not notice ({wrong:.1e})"
+            assert wrong > 100 * self.gradient_limit or wrong > 5 * right, (
+                f"{what}: the check did not notice ({wrong:.1e})"
+            )
         if self.world.is_main:
-            print(f"gradients within {right:.1e}, loss {total / valid:.6f}", flush=True)
+            print(f"gradients within {right:.1e}, loss {found:.6f}", flush=True)
 
     def swapped_tokens(self) -> torch.Tensor:
         """The batch's tokens with both suffixes exchanged where their lengths agree, reversed elsewhere."""
@@ -178,11 +185,13 @@ class LayoutCheck:
 
 
 def main() -> None:
-    folder, tp, pp, sequence_parallel, micro, samples = sys.argv[1:]
-    check = LayoutCheck(Path(folder), int(tp), int(pp), sequence_parallel == "1", int(micro))
+    folder, tp, pp, sequence_parallel, micro, samples, *precision = sys.argv[1:]
+    bf16 = precision == ["bf16"]
+    check = LayoutCheck(Path(folder), int(tp), int(pp), sequence_parallel == "1", int(micro), bf16)
     check.logprobs()
     check.step()
-    check.rollouts(Path(samples))
+    if not bf16:  # in bf16 a greedy choice may fall on either side of a near tie
+        check.rollouts(Path(samples))
     print(f"rank {check.world.rank}: passed", flush=True)
     world_module.stop()
 
