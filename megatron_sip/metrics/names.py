@@ -1,0 +1,100 @@
+"""Every metric of a step, once: its name, how ranks and steps are combined, and how the log line shows it.
+
+The list is the same on every rank whatever happened there, which is what lets one tensor be reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sip.types import CandidateKind, MissingReason, NoPairReason
+
+Reduction = Literal["mean", "total"]
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One metric.
+
+    `reduction` mean: sum / count over all ranks and steps, absent when nothing was counted.
+    total: the sum itself; zero is a true zero. `label` is its name in the log line (None: not in the
+    line), `form` its format there, `show_zero` whether a zero is worth a place in the line.
+    """
+
+    name: str
+    reduction: Reduction = "mean"
+    label: str | None = None
+    form: str = ".4f"
+    show_zero: bool = True
+
+
+TRAINING: tuple[MetricSpec, ...] = (
+    MetricSpec("loss", label="loss", form=".6E"),
+    MetricSpec("nll_loss", label="nll loss", form=".6E"),
+    MetricSpec("ntp_loss", label="ntp loss", form=".6E"),
+    MetricSpec("grad_norm", label="grad norm", form=".3f"),
+    MetricSpec("rewards/margins", label="margin", form=".4f"),
+    MetricSpec("rewards/accuracies", label="accuracy", form=".3f"),
+    MetricSpec("rewards/chosen", label="reward chosen"),
+    MetricSpec("rewards/rejected", label="reward rejected"),
+    MetricSpec("logps/chosen", label="logp chosen", form=".2f"),
+    MetricSpec("logps/rejected", label="logp rejected", form=".2f"),
+    MetricSpec("objective/kl"),
+    MetricSpec("objective/entropy"),
+)
+
+STEPS: tuple[MetricSpec, ...] = (
+    MetricSpec("steps/skipped", "total", label="number of skipped iterations", form="3.0f"),
+    MetricSpec("steps/nan", "total", label="number of nan iterations", form="3.0f"),
+    MetricSpec("steps/without_pair", "total", label="iterations without a pair", form=".0f", show_zero=False),
+)
+
+TIMES: tuple[MetricSpec, ...] = (
+    MetricSpec("time/rollout", label="rollout (s)", form=".2f"),
+    MetricSpec("time/judge_wait", label="judge wait (s)", form=".2f"),
+    MetricSpec("time/rewrite_wait", label="rewrite wait (s)", form=".2f", show_zero=False),
+    MetricSpec("time/reference", label="reference (s)", form=".2f"),
+    MetricSpec("time/train", label="train (s)", form=".2f"),
+)
+
+_SHARES = tuple(MetricSpec(f"chosen/share_{kind}", label=f"chosen {kind}", form=".2f") for kind in CandidateKind)
+_SCORES = tuple(MetricSpec(f"scores/{kind}", label=f"score {kind}", form=".3f") for kind in CandidateKind)
+_NO_PAIR = tuple(
+    MetricSpec(f"pairs/{reason}", "total", label=f"no pair, {reason.replace('_', ' ')}", form=".0f", show_zero=False)
+    for reason in NoPairReason
+)
+_MISSING = tuple(
+    MetricSpec(
+        f"judge/missing_{reason}", "total", label=f"missing, {reason.replace('_', ' ')}", form=".0f", show_zero=False
+    )
+    for reason in MissingReason
+)
+
+PREFERENCE: tuple[MetricSpec, ...] = (
+    MetricSpec("pairs/valid", "total", label="valid pairs", form=".0f"),
+    *_NO_PAIR,
+    *_SHARES,
+    *_SCORES,
+    MetricSpec("scores/chosen"),
+    MetricSpec("scores/rejected"),
+    MetricSpec("scores/margin", label="score margin", form=".3f"),
+    MetricSpec("judge/asked", "total"),
+    MetricSpec("judge/missing", "total", label="missing verdicts", form=".0f"),
+    MetricSpec("judge/missing_share"),
+    *_MISSING,
+    MetricSpec("candidates/pool", label="pool size", form=".1f"),
+    MetricSpec("candidates/left", "total", label="candidates left out", form=".0f", show_zero=False),
+    MetricSpec("lengths/chosen", label="length chosen", form=".1f"),
+    MetricSpec("lengths/rejected", label="length rejected", form=".1f"),
+)
+
+
+def metric_specs(judges: Sequence[str] = ()) -> tuple[MetricSpec, ...]:
+    """All metrics of a run that asks `judges` (names as in `Question.judge`), in the order of the log line.
+
+    Every rank must pass the same judges; the order in which they are named does not matter.
+    """
+    by_judge = tuple(MetricSpec(f"scores/{judge}/{kind}") for judge in sorted(set(judges)) for kind in CandidateKind)
+    return (*TRAINING, *PREFERENCE, *by_judge, *STEPS, *TIMES)
