@@ -46,14 +46,14 @@ class Run:
         self.data = together(lambda: assemble.open_data(config))
         self.config = together(lambda: assemble.with_model(config, self.data.tokenizer))
         together(lambda: validate(self.config, world.size))
-        self.reporter = together(lambda: Reporter(self.config, world, self.data))
+        self.reporter = together(lambda: Reporter(self.config, world))
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
         self.trainer = together(lambda: assemble.build_trainer(self.config, world))
         self.progress = together(
             lambda: assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, self.reporter.say)
         )
-        self.reporter.start(self.progress.iteration, self.progress.consumed_samples)
+        together(lambda: self.reporter.start(self.progress.iteration))
         self.maker = assemble.build_maker(
             self.config, world, leader, self.data.tokenizer, self.trainer.policy, self.services
         )

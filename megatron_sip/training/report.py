@@ -1,0 +1,113 @@
+"""What a run says while it goes: log line, sinks, sample table; and the count of steps that were skipped in a row."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from megatron_sip.config.groups import Config
+from megatron_sip.errors import SipError
+from megatron_sip.metrics.aggregate import StepMetrics
+from megatron_sip.metrics.names import metric_specs
+from megatron_sip.metrics.samples import SampleLog
+from megatron_sip.metrics.sinks import Sinks, build_sinks
+from megatron_sip.parallel.world import World
+from megatron_sip.services.hub import judge_specs
+from megatron_sip.training.preferences import Preferences
+from megatron_sip.training.step import StepResult
+
+
+class Reporter:
+    """Reports of one rank. Every rank calls the same methods; only the main rank prints and writes.
+
+    A metric is known on one rank of each model-parallel group (the leader, or the last stage) and is added there
+    alone; one reduction over the world adds them up.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.last_saved: int | None = None
+        self._specs = metric_specs([spec.name for spec in judge_specs(config)])
+        self._metrics = StepMetrics(self._specs)
+        self._skipped_in_a_row = 0
+        self._iterations = 0
+        self._seconds = 0.0
+        self._sinks: Sinks | None = None
+        self._samples: SampleLog | None = None
+
+    def say(self, text: str) -> None:
+        """A line of the main rank."""
+        if self.world.is_main:
+            print(f"> {text}", flush=True)
+
+    def start(self, iteration: int) -> None:
+        """Open the sinks; what they hold beyond `iteration` belongs to steps that will be made again."""
+        if self.world.is_main:
+            self._sinks = build_sinks(self.config, iteration, self._specs)
+            self._samples = SampleLog(self.config.logging, iteration)
+
+    def step(
+        self, iteration: int, learning_rate: float, preferences: Preferences, result: StepResult, seconds: float
+    ) -> None:
+        """Account for one finished iteration (counted from 1).
+
+        Raises:
+            SipError: `--max-skipped-iterations` non-finite steps in a row; on all ranks alike.
+        """
+        self._iterations += 1
+        self._seconds += seconds
+        self._metrics.add_all(preferences.metrics)
+        self._metrics.add_all(result.metrics)
+        if self.world.is_main:
+            self._add_main(preferences, result)
+            if self._samples:
+                self._samples.write(iteration, preferences.pools, preferences.scores, preferences.pairs)
+        if iteration % self.config.logging.log_interval == 0 or iteration == self.config.training.train_iters:
+            self._flush(iteration, learning_rate)
+        self._check_stuck(result)
+
+    def _add_main(self, preferences: Preferences, result: StepResult) -> None:
+        if result.grad_norm is not None and math.isfinite(result.grad_norm):
+            self._metrics.add("grad_norm", result.grad_norm)
+        self._metrics.add("steps/skipped", float(result.skipped != ""))
+        self._metrics.add("steps/nan", float(result.skipped == "non_finite"))
+        self._metrics.add("steps/without_pair", float(result.skipped == "no_pairs"))
+        for part, spent in preferences.seconds.items():
+            self._metrics.add(f"time/{part}", spent)
+        self._metrics.add("time/reference", result.reference_seconds)
+        self._metrics.add("time/train", result.train_seconds)
+
+    def _flush(self, iteration: int, learning_rate: float) -> None:
+        """Reduce over all ranks, hand to the sinks, begin anew."""
+        values = self._metrics.all_reduce(self.world.control_group).result()
+        if self._sinks:
+            size = self.config.training.global_batch_size
+            general = {
+                "consumed_samples": float(iteration * size),
+                "elapsed_ms": 1000 * self._seconds / self._iterations,
+                "learning_rate": learning_rate,
+                "global_batch_size": float(size),
+            }
+            self._sinks.log(iteration, {**general, **values})
+        self._metrics.reset()
+        self._iterations, self._seconds = 0, 0.0
+
+    def _check_stuck(self, result: StepResult) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped == "non_finite" else 0
+        limit = self.config.training.max_skipped_iterations
+        if self._skipped_in_a_row >= limit:
+            raise SipError(
+                f"{limit} iterations in a row had a non-finite loss or gradient; lower --lr, raise --adam-eps or "
+                "resume from an earlier checkpoint (the limit is --max-skipped-iterations)"
+            )
+
+    def saved(self, iteration: int, folder: Path) -> None:
+        """A checkpoint was written."""
+        self.last_saved = iteration
+        self.say(f"checkpoint of iteration {iteration} saved to {folder}")
+
+    def close(self) -> None:
+        """Flush and close the sinks."""
+        if self._sinks:
+            self._sinks.close()
