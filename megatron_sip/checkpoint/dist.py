@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, latest_iteration
 from megatron_sip.config.groups import Config
 from megatron_sip.config.run_config import save_run_config
 from megatron_sip.errors import CheckpointError
@@ -27,7 +28,6 @@ from megatron_sip.parallel.world import World
 from megatron_sip.training.step import PolicyTrainer
 
 FORMAT_VERSION = 1
-LATEST = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,6 @@ class Progress:
     iteration: int
     consumed_samples: int
     stream: dict[str, Any]
-
-
-def checkpoint_folder(root: Path, iteration: int) -> Path:
-    """Folder of one checkpoint."""
-    return root / f"iter_{iteration:07d}"
-
-
-def latest_iteration(root: Path) -> int | None:
-    """Iteration of the newest complete checkpoint, or None if `root` holds none.
-
-    Raises:
-        CheckpointError: the latest file is damaged or names a folder that is not there.
-    """
-    file = root / LATEST
-    if not file.exists():
-        return None
-    text = file.read_text().strip()
-    if not text.isdigit():
-        raise CheckpointError(f"{file} holds {text[:40]!r}, not an iteration; write the wanted iteration into it")
-    if not checkpoint_folder(root, int(text)).is_dir():
-        raise CheckpointError(
-            f"{file} names iteration {text}, but {checkpoint_folder(root, int(text))} is missing; "
-            "restore it or write an iteration that is there into the file"
-        )
-    return int(text)
 
 
 def _reference_shards(trainer: PolicyTrainer) -> dict[str, Any]:
