@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -73,6 +74,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=0, help="port; 0 picks a free one (default)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu where one is")
     parser.add_argument("--dtype", default="bfloat16", help="type of weights and activations (default %(default)s)")
+    parser.add_argument(
+        "--head-dtype",
+        default="float32",
+        help="type of the output logits; bfloat16 ones are too coarse to compare labels (default %(default)s)",
+    )
     parser.add_argument("--max-model-len", type=int, default=2048, help="longest prompt plus answer, in tokens")
     parser.add_argument("--memory-share", type=float, help="share of memory to use (default 0.2 on cpu, 0.9 on gpu)")
     parser.add_argument("--kv-cache-gib", type=int, default=1, help="room for keys and values on cpu, in GiB")
@@ -121,6 +127,7 @@ def server_command(args: argparse.Namespace, python: str, device: str, port: int
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(args.model.resolve()), "--served-model-name", served_name(args)]
     command += ["--host", args.host, "--port", str(port), "--dtype", args.dtype]
+    command += ["--hf-overrides", json.dumps({"head_dtype": args.head_dtype})]
     command += ["--max-model-len", str(args.max_model_len), "--gpu-memory-utilization", str(memory)]
     command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
     if device == "cpu":

@@ -128,6 +128,11 @@ class PreferenceServices:
         self.close()
 
     async def _close(self) -> None:
+        # First end the calls, then their connections: a call must not find its connections gone.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         for server in (self._judge_server, self._rewrite_server):
             if server is not None:
                 await server.client.close()

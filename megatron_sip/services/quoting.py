@@ -11,9 +11,9 @@ from pathlib import Path
 from megatron_sip.errors import ServiceError
 
 # Control strings of chat tokenizers begin with "<" plus a non-space (<s>, </s>, <think>, <|im_end|>, <<SYS>>),
-# or with "[" plus capitals ([INST], [/TOOL_CALLS]); our own markers begin with "[[" plus capitals. One space
-# after the bracket breaks them all; "a < b" and "[1]" stay as they are.
-_OPENERS = re.compile(r"<(?=[^\s=\d<])|<(?=<)|\[(?=/?[A-Z_]{2})")
+# or with "[" plus capitals ([INST], [/TOOL_CALLS]); our own end marker begins with "[end ". One space after the
+# bracket breaks them all; "a < b" and "[1]" stay as they are.
+_OPENERS = re.compile(r"<(?=[^\s=\d<])|<(?=<)|\[(?=/?[A-Z_]{2}|end )")
 _CLOSERS = re.compile(r"(?<=[|\uff5c])>")
 
 
@@ -47,12 +47,17 @@ def _split_first(match: re.Match[str]) -> str:
 
 def nonce(text: str) -> str:
     """A code for the markers around `text`, the same for the same text, so that prompts share their beginning."""
-    return hashlib.blake2s(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return hashlib.blake2s(text.encode("utf-8", "surrogatepass"), digest_size=3).hexdigest()
 
 
 def quoted(name: str, code: str, clean_text: str) -> str:
-    """`clean_text` between a BEGIN line and an END line."""
-    return f"[[BEGIN {name} {code}]]\n{clean_text}\n[[END {name} {code}]]\n"
+    """`clean_text` between a line with its name and the line that ends it."""
+    return f"{name} [{code}]:{clean_text}\n{end_marker(code)}\n\n"
+
+
+def end_marker(code: str) -> str:
+    """The line that ends a text; no clean text can hold it."""
+    return f"[end {code}]"
 
 
 def special_strings_of(folder: str | None) -> list[str]:

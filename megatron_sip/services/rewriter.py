@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.prompts import rewrite_prompt
+from megatron_sip.services.quoting import end_marker
 from megatron_sip.services.verdicts import answer_text
 from megatron_sip.types import Missing, MissingReason
 
@@ -38,7 +39,7 @@ class Rewriter:
         text = answer_text(body)
         if isinstance(text, Missing):
             return text
-        if "[[BEGIN" in text or "[[END" in text:
+        if end_marker(prompt.prefix_code) in text:
             return Missing(MissingReason.UNPARSABLE, "the rewrite repeats the prompt's markers")
         same = text.strip() == self._server.quoter.clean(original_text).strip()
         return original_text if same else text

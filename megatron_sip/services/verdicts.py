@@ -14,6 +14,8 @@ MIN_LABEL_MASS = 0.05
 FACTUALITY_SCORES = {"no hallucination": 1.0, "possible hallucination": 0.5, "definite hallucination": 0.0}
 # vLLM writes -9999 for a log-probability of minus infinity.
 NO_LOGPROB = -9000.0
+# A text of many braces must not keep the event loop busy.
+MOST_OBJECTS = 100
 
 # A whole line, so that a repetition of both choices is no conclusion; markdown emphasis around it is allowed.
 _CONCLUSION = re.compile(r"^[\s*_#>]*conclusion[\s*_:]+option[\s*_]*(\w+)[\s*_.!]*$", re.IGNORECASE | re.MULTILINE)
@@ -89,7 +91,9 @@ def _json_objects(text: str) -> list[dict[str, Any]]:
     decoder = json.JSONDecoder()
     found = []
     at = text.find("{")
-    while at >= 0:
+    for _ in range(MOST_OBJECTS):
+        if at < 0:
+            break
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):

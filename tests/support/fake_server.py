@@ -129,6 +129,10 @@ class FakeServer:
         strings = ["".join("\u0120" if b == 32 else chr(b) for b in piece.encode()) for piece in pieces]
         return ids, strings
 
+    def text_of(self, token: int) -> str:
+        """The text of a token id."""
+        return next(text for text, number in self._vocabulary.items() if number == token)
+
     def render(self, body: dict[str, Any]) -> str:
         """The chat template."""
         turns = [f"<|{turn['role']}|>{turn['content']}" for turn in body["messages"]]

@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_sip.data.indexed import IndexedWriter
 
-WHO = "the old doctor,a young sailor,my sister,the angry king,some stupid fool,the quiet teacher,a dirty liar".split(",")
+WHO = "the old doctor,a young sailor,my sister,the angry king,some stupid fool,the quiet teacher,a dirty liar".split(
+    ","
+)
 DOES = "sees,hates,helps,kills,loves,paints,forgets,damns".split(",")
 WHAT = "the red house,a broken boat,his best friend,an idiot,the long letter,a bloody knife,the warm bread".split(",")
 WHEN = "today,in the morning,after the war,without a word,again and again".split(",")
