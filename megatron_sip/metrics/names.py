@@ -32,8 +32,9 @@ class MetricSpec:
 
 TRAINING: tuple[MetricSpec, ...] = (
     MetricSpec("loss", label="loss", form=".6E"),
-    MetricSpec("nll_loss", label="nll loss", form=".6E"),
-    MetricSpec("ntp_loss", label="ntp loss", form=".6E"),
+    MetricSpec("loss/dpo"),
+    MetricSpec("loss/nll", label="nll loss", form=".6E"),
+    MetricSpec("loss/ntp", label="ntp loss", form=".6E"),
     MetricSpec("grad_norm", label="grad norm", form=".3f"),
     MetricSpec("rewards/margins", label="margin", form=".4f"),
     MetricSpec("rewards/accuracies", label="accuracy", form=".3f"),
@@ -85,6 +86,7 @@ PREFERENCE: tuple[MetricSpec, ...] = (
     MetricSpec("judge/missing_share"),
     *_MISSING,
     MetricSpec("candidates/pool", label="pool size", form=".1f"),
+    MetricSpec("candidates/missing", "total", label="candidates missing", form=".0f", show_zero=False),
     MetricSpec("candidates/left", "total", label="candidates left out", form=".0f", show_zero=False),
     MetricSpec("lengths/chosen", label="length chosen", form=".1f"),
     MetricSpec("lengths/rejected", label="length rejected", form=".1f"),

@@ -1,0 +1,128 @@
+"""JSONL files that survive crashes and resumes: one record a line, each with its `iteration`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_sip.errors import ConfigError, DataError
+
+
+class JsonlWriter:
+    """Appends records, each flushed as a whole line.
+
+    On a resume (`start_iteration` > 0) the records beyond that iteration, and a line that a crash cut
+    short, are dropped first, so that no iteration stands there twice. A fresh run never destroys the
+    file of an earlier one: that is renamed to `<name>.1`, `.2` and so on.
+    """
+
+    def __init__(self, path: str | Path, *, start_iteration: int = 0, flag: str) -> None:
+        """Open `path` for append. ConfigError, naming `flag`, if it cannot be written."""
+        self.path = Path(path)
+        self._flag = flag
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if start_iteration > 0:
+                drop_after(self.path, start_iteration)
+            elif self.path.exists() and self.path.stat().st_size > 0:
+                _keep_aside(self.path)
+            self._file: TextIO = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path} ({error.strerror}); give another path with {flag}") from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record. ConfigError if the disk refuses it."""
+        line = json.dumps(_encode(record), ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {self.path} ({error.strerror}); free some space or move it with {self._flag}"
+            ) from error
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a file; a last line that a crash cut short is left out, any other bad line is a DataError."""
+    source = Path(path)
+    try:
+        lines = source.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error.strerror}") from error
+    whole, last = lines[:-1], lines[-1]
+    for number, line in enumerate(whole, start=1):
+        record = _parse(line)
+        if record is None:
+            raise DataError(f"{source}, line {number} is not a JSON object; mend or remove that line")
+        yield record
+    record = _parse(last)
+    if record is not None:
+        yield record
+
+
+def drop_after(path: Path, iteration: int) -> int:
+    """Rewrite `path` without the records whose `iteration` is greater; returns how many were dropped.
+
+    The new file replaces the old one in one step. A missing file is left missing.
+    """
+    if not path.exists():
+        return 0
+    records = list(read_jsonl(path))
+    kept = [record for record in records if int(record["iteration"]) <= iteration]
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("w", encoding="utf-8") as target:
+        for record in kept:
+            target.write(json.dumps(record, ensure_ascii=False) + "\n")
+        target.flush()
+        os.fsync(target.fileno())
+    draft.replace(path)
+    return len(records) - len(kept)
+
+
+def decode_number(value: object) -> float:
+    """A metric as it was written: numbers, and `"NaN"`, `"Infinity"`, `"-Infinity"` for what JSON lacks."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise DataError(f"{value!r} is not a number")
+    try:
+        return float(value)
+    except ValueError as error:
+        raise DataError(f"{value!r} is not a number") from error
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, str):
+        # A lone surrogate cannot be written as UTF-8; it is shown as its escape.
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _keep_aside(path: Path) -> None:
+    number = 1
+    while path.with_name(f"{path.name}.{number}").exists():
+        number += 1
+    path.rename(path.with_name(f"{path.name}.{number}"))

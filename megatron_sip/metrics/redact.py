@@ -1,0 +1,51 @@
+"""Takes secrets out of what is sent to or written by a tracker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+REMOVED = "<removed>"
+_SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials", "authorization"}
+_SECRET_ENV = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+
+
+def secrets_in_environment(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Values of the variables that hold keys, such as JUDGE_API_KEY; those under 6 characters are no secrets."""
+    found = {value for name, value in environment.items() if _SECRET_ENV.search(name) and len(value) >= 6}
+    return tuple(sorted(found, key=len, reverse=True))
+
+
+def redact(value: Any, secrets: tuple[str, ...] = ()) -> Any:
+    """A copy of a configuration without keys.
+
+    Entries named like a key lose their value, URLs lose user, password and query, and every occurrence
+    of one of `secrets` in a string is taken out. `judge_max_tokens` or `tokenizer_model` stay.
+    """
+    if isinstance(value, Mapping):
+        return {
+            str(name): REMOVED if _is_secret_name(str(name)) and item is not None else redact(item, secrets)
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(item, secrets) for item in value]
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, REMOVED)
+        return _clean_url(value) if "://" in value else value
+    return value
+
+
+def _is_secret_name(name: str) -> bool:
+    return not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def _clean_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return REMOVED
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
