@@ -87,6 +87,8 @@ PREFERENCE: tuple[MetricSpec, ...] = (
     *_MISSING,
     MetricSpec("candidates/pool", label="pool size", form=".1f"),
     MetricSpec("candidates/missing", "total", label="candidates missing", form=".0f", show_zero=False),
+    # Rewrites and rollouts that could not be made; those of `candidates/left` were made and lack a score.
+    MetricSpec("candidates/missing", "total", label="candidates missing", form=".0f", show_zero=False),
     MetricSpec("candidates/left", "total", label="candidates left out", form=".0f", show_zero=False),
     MetricSpec("lengths/chosen", label="length chosen", form=".1f"),
     MetricSpec("lengths/rejected", label="length rejected", form=".1f"),
