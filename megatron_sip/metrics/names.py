@@ -86,7 +86,6 @@ PREFERENCE: tuple[MetricSpec, ...] = (
     MetricSpec("judge/missing_share"),
     *_MISSING,
     MetricSpec("candidates/pool", label="pool size", form=".1f"),
-    MetricSpec("candidates/missing", "total", label="candidates missing", form=".0f", show_zero=False),
     # Rewrites and rollouts that could not be made; those of `candidates/left` were made and lack a score.
     MetricSpec("candidates/missing", "total", label="candidates missing", form=".0f", show_zero=False),
     MetricSpec("candidates/left", "total", label="candidates left out", form=".0f", show_zero=False),
