@@ -47,6 +47,7 @@ class Run:
         self.config = together(lambda: assemble.with_model(config, self.data.tokenizer))
         together(lambda: validate(self.config, world.size))
         self.reporter = together(lambda: Reporter(self.config, world))
+        self.reporter.describe(self.config, self.data.stream.skipped())
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
         self.trainer = together(lambda: assemble.build_trainer(self.config, world))

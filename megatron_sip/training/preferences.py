@@ -127,9 +127,22 @@ class PreferenceMaker:
             pools=pools,
             scores=scores,
             pairs=pairs,
-            metrics=pool_metrics(pools, scores, pairs, absent) if self.services else {},
+            metrics=self._metrics(pools, scores, pairs, absent),
             seconds={"rollout": rolled - started, "judge_wait": judged - rolled},
         )
+
+    def _metrics(
+        self,
+        pools: Sequence[Pool],
+        scores: Sequence[Scores | None],
+        pairs: Sequence[Pair | NoPair],
+        absent: Sequence[Sequence[Missing]],
+    ) -> dict[str, tuple[float, float]]:
+        """What is known of the pools, on the leader; nothing elsewhere, so that nothing is counted twice."""
+        if self.services is None:
+            return {}
+        missing = float(sum(len(item) for item in absent))
+        return {**pool_metrics(pools, scores, pairs), "candidates/missing": (missing, float(len(pools)))}
 
     def _write_rollouts(self, cuts: Sequence[Cut], iteration: int) -> Rollouts | None:
         count = active_rollouts(self.config.preference, self.config.rollout, iteration)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_sip.config.groups import Config
+from megatron_sip.config.run_config import to_yaml
+from megatron_sip.config.validate import notes
 from megatron_sip.errors import SipError
 from megatron_sip.metrics.aggregate import StepMetrics
 from megatron_sip.metrics.names import metric_specs
 from megatron_sip.metrics.samples import SampleLog
-from megatron_sip.metrics.sinks import Sinks, build_sinks
+from megatron_sip.metrics.sinks import Sinks, open_sinks
 from megatron_sip.parallel.world import World
 from megatron_sip.services.hub import judge_specs
 from megatron_sip.training.preferences import Preferences
@@ -41,11 +44,30 @@ class Reporter:
         if self.world.is_main:
             print(f"> {text}", flush=True)
 
+    def describe(self, config: Config, skipped: dict[str, int]) -> None:
+        """The resolved configuration, once; what it costs; what the corpus leaves out."""
+        self.say("resolved configuration:\n" + to_yaml(config).rstrip())
+        for note in notes(config):
+            self.say(note)
+        counted = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in skipped.items())
+        self.say(f"left out of each epoch: {counted or 'nothing'}")
+
     def start(self, iteration: int) -> None:
         """Open the sinks; what they hold beyond `iteration` belongs to steps that will be made again."""
         if self.world.is_main:
-            self._sinks = build_sinks(self.config, iteration, self._specs)
-            self._samples = SampleLog(self.config.logging, iteration)
+            self._sinks = open_sinks(
+                self.config.logging,
+                train_iters=self.config.training.train_iters,
+                run_config=asdict(self.config),
+                start_iteration=iteration,
+                specs=self._specs,
+            )
+            self._samples = SampleLog(
+                self.config.logging.sample_log,
+                self._sinks.console,
+                interval=self.config.logging.sample_log_interval,
+                start_iteration=iteration,
+            )
 
     def step(
         self, iteration: int, learning_rate: float, preferences: Preferences, result: StepResult, seconds: float
@@ -62,7 +84,7 @@ class Reporter:
         if self.world.is_main:
             self._add_main(preferences, result)
             if self._samples:
-                self._samples.write(iteration, preferences.pools, preferences.scores, preferences.pairs)
+                self._samples.log(iteration, preferences.pools, preferences.scores, preferences.pairs)
         if iteration % self.config.logging.log_interval == 0 or iteration == self.config.training.train_iters:
             self._flush(iteration, learning_rate)
         self._check_stuck(result)
@@ -111,3 +133,5 @@ class Reporter:
         """Flush and close the sinks."""
         if self._sinks:
             self._sinks.close()
+        if self._samples:
+            self._samples.close()

@@ -1,0 +1,111 @@
+"""The whole loop by its command line, without a server: a deterministic local classifier scores the candidates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from spawn import torchrun
+from tiny_corpus import make_corpus
+
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 "
+    "--max-position-embeddings 128 --rotary-base 10000 --norm-epsilon 1e-5 --untie-embeddings-and-output-weights"
+).split()
+DATA = "--seq-length 96 --suffix-length 16 --min-prefix-length 8".split()
+TRAINING = (
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 6 --lr 1e-3 --lr-decay-iters 6 --num-rollouts 3 "
+    "--quality-weight 0 --classifier-weight 1 --reference-update-interval 2"
+).split()
+
+
+class Runs:
+    """Launches of the product on one small corpus."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.data_path, self.tokenizer = make_corpus(root / "data")
+
+    def __call__(self, name: str, world_size: int, *flags: str) -> list[dict]:
+        """Run with `flags`; the metrics of every iteration."""
+        log = self.root / f"{name}.jsonl"
+        result = torchrun(
+            world_size,
+            *("-m", "megatron_sip.pretrain", "--data-path", self.data_path, "--tokenizer-model", self.tokenizer),
+            *(*MODEL, *DATA, *TRAINING, "--metrics-file", str(log), "--save", str(self.root / name), *flags),
+        )
+        assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+        self.output = result.stdout
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
+    def copy_at(self, source: str, target: str, iteration: int) -> str:
+        """A copy of a run's folder that stands at an earlier checkpoint."""
+        shutil.copytree(self.root / source, self.root / target)
+        (self.root / target / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+        return str(self.root / target)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("loop"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs: Runs) -> list[dict]:
+    """Six steps of online DPO at TP2 with a checkpoint at the third."""
+    lines = runs("unbroken", 2, "--tensor-model-parallel-size", "2", "--save-interval", "3")
+    assert "iteration        6/" in runs.output
+    return lines
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    """The metrics that must repeat bit for bit."""
+    clocks = ("time", "elapsed_ms")
+    return [{key: value for key, value in line.items() if not key.startswith(clocks)} for line in lines]
+
+
+def test_online_dpo_trains_pairs(unbroken: list[dict]) -> None:
+    assert [line["iteration"] for line in unbroken] == [1, 2, 3, 4, 5, 6]
+    assert sum(line["pairs/valid"] for line in unbroken) > 12
+    first = next(line for line in unbroken if line["pairs/valid"])
+    # Policy and reference are equal at first, so the loss is log 2 whatever the pairs are.
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert all(line["consumed_samples"] == 4 * line["iteration"] for line in unbroken)
+    assert any(line["rewards/margins"] > 0 for line in unbroken[1:])
+
+
+def test_resume_is_bitwise_equal_at_the_same_layout(runs: Runs, unbroken: list[dict]) -> None:
+    folder = runs.copy_at("unbroken", "resumed", 3)
+    lines = runs("resumed", 2, "--tensor-model-parallel-size", "2", "--load", folder)
+    assert without_times(lines) == without_times(unbroken[3:])
+
+
+def test_resume_at_another_layout_goes_on(runs: Runs, unbroken: list[dict]) -> None:
+    folder = runs.copy_at("unbroken", "resharded", 3)
+    lines = runs("resharded", 2, "--pipeline-model-parallel-size", "2", "--load", folder)
+    for line, wanted in zip(lines, unbroken[3:], strict=True):
+        assert line["consumed_samples"] == wanted["consumed_samples"]
+        assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+
+
+def test_other_data_settings_refuse_to_resume(runs: Runs, unbroken: list[dict]) -> None:
+    folder = runs.copy_at("unbroken", "refused", 3)
+    result = torchrun(
+        1,
+        *("-m", "megatron_sip.pretrain", "--data-path", runs.data_path, "--tokenizer-model", runs.tokenizer),
+        *(*MODEL, *DATA, *TRAINING, "--load", folder, "--save", folder, "--suffix-length", "12"),
+    )
+    assert result.returncode != 0
+    assert "--suffix-length was 16 and is 12" in result.stderr
+    assert (runs.root / "refused" / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+
+
+def test_next_token_prediction_and_rf_nll_share_the_loop(runs: Runs) -> None:
+    base = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--train-iters", "4", "--lr-decay-iters", "4")
+    ntp = runs("ntp", 2, *base, "--objective", "ntp", "--lr", "1e-2")
+    assert ntp[-1]["loss"] < ntp[0]["loss"]
+    rf_nll = runs("rf-nll", 2, *base, "--objective", "rf-nll", "--load", str(runs.root / "ntp"), "--finetune")
+    assert sum(line["pairs/valid"] for line in rf_nll) > 8
