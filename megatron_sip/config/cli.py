@@ -33,10 +33,7 @@ from megatron_sip.config.yaml_file import YamlEntry, read_entries
 from megatron_sip.errors import ConfigError
 
 PROGRAM = "megatron_sip.pretrain"
-_DESCRIPTION = """\
-Self-Improving Pretraining on megatron-core, with a judge and a rewriter behind vLLM.
-Flags win over --config files, later files over earlier ones. Keys come from the environment only:
-JUDGE_API_KEY, REWRITER_API_KEY, WANDB_API_KEY."""
+_DESCRIPTION = "Self-Improving Pretraining on megatron-core, with a judge and a rewriter behind vLLM."
 _BORDER = "│| "
 _RULE = "╭╮╰╯─+-"
 
@@ -46,7 +43,8 @@ class _CommandLine(Config):
     """The settings and the files that they may come from."""
 
     config: tuple[str, ...] = ()
-    """YAML files with settings, a key for each flag (micro_batch_size: 2); flags win over them."""
+    """YAML files with settings, a key for each flag (micro_batch_size: 2). Flags win over them, later files over
+    earlier ones. Keys of servers come from the environment only: JUDGE_API_KEY, REWRITER_API_KEY, WANDB_API_KEY."""
 
 
 def parse_config(argv: Sequence[str]) -> Config:

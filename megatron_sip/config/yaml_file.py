@@ -51,9 +51,8 @@ class YamlEntry:
     def _scalar(self, value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             what = "a list" if isinstance(value, list) else repr(value)
-            raise self._error(
-                f"is {what}; it takes {'texts' if self.setting.is_list else 'one value'}, quoted if need be"
-            )
+            takes = "a list of values" if self.setting.is_list else "one value"
+            raise self._error(f"holds {what}; it takes {takes}, in quotes where YAML reads it as something else")
         if self.setting.is_list and str(value).startswith("-"):
             raise self._error(f"holds {value!r}; such a value must not begin with a hyphen")
         return str(value)

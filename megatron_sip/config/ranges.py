@@ -1,0 +1,57 @@
+"""The range of every single number among the settings; relations between settings are in `validate.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_sip.config.fields import flag_of, settings
+from megatron_sip.config.groups import Config
+
+_AT_LEAST_ONE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("max_position_embeddings", "rope_original_max_position", "vocab_size", "make_vocab_size_divisible_by"),
+    *("recompute_num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("context_parallel_size", "distributed_timeout_minutes", "seq_length", "suffix_length", "min_prefix_length"),
+    *("max_prefix_length", "min_document_length", "micro_batch_size", "global_batch_size", "train_iters"),
+    *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
+    *("reference_update_interval", "judge_max_context", "judge_interval", "judge_votes", "judge_max_tokens"),
+    *("judge_concurrency", "rewrite_interval", "save_interval", "log_interval", "sample_log_interval"),
+)
+_ABOVE_ZERO = (
+    *("rotary_base", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "norm_epsilon"),
+    *("init_method_std", "exit_duration_in_mins", "lr", "adam_eps", "beta", "judge_timeout"),
+)
+_AT_LEAST_ZERO = (
+    *("seed", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "temperature", "nll_weight"),
+    *("prefix_ntp_weight", "curriculum_rollout_start", "curriculum_rollout_ramp", "curriculum_bonus"),
+    *("curriculum_bonus_iters", "quality_weight", "safety_weight", "factuality_weight", "likelihood_weight"),
+    *("classifier_weight", "judge_temperature", "judge_retries", "rewriter_temperature"),
+)
+_ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p")
+_ZERO_TO_ONE = ("min_answered_fraction",)
+_ZERO_TO_BELOW_ONE = ("adam_beta1", "adam_beta2", "reference_ema_decay")
+
+_RULES = (
+    (_AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
+    (_ABOVE_ZERO, "above 0", lambda value: value > 0),
+    (_AT_LEAST_ZERO, "at least 0", lambda value: value >= 0),
+    (_ABOVE_ZERO_UP_TO_ONE, "above 0 and at most 1", lambda value: 0 < value <= 1),
+    (_ZERO_TO_ONE, "between 0 and 1", lambda value: 0 <= value <= 1),
+    (_ZERO_TO_BELOW_ONE, "at least 0 and below 1", lambda value: 0 <= value < 1),
+)
+
+
+def ranged_settings() -> set[str]:
+    """Names of the settings that have a rule here."""
+    return {name for names, _, _ in _RULES for name in names}
+
+
+def out_of_range(config: Config) -> Iterator[str]:
+    """A sentence for each number that is out of its own range; None is in range where the setting may be None."""
+    for names, text, holds in _RULES:
+        for name in names:
+            value: Any = getattr(getattr(config, settings()[name].group), name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                yield f"{flag_of(name)} is {value}; it must be {text}"
