@@ -28,7 +28,6 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1
-STOP_GRACE_SECONDS = 15.0
 PROGRESS_SECONDS = 5.0
 
 
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return supervise(args, server, port, stopper)
     finally:
-        end_group(server)
+        end_group(server, args.stop_grace)
         if args.ready_file:
             args.ready_file.unlink(missing_ok=True)
         if log:
@@ -88,6 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ready-file", type=Path, help="write the URL here once the server is healthy")
     parser.add_argument("--log-file", type=Path, help="append the server's output here (default: standard error)")
     parser.add_argument("--startup-timeout", type=float, default=600.0, help="seconds to become healthy")
+    parser.add_argument("--stop-grace", type=float, default=15.0, help="seconds to end before the server is killed")
     parser.add_argument("--outlive-parent", action="store_true", help="stay when the calling process ends")
     parser.add_argument("vllm_flags", nargs="*", metavar="-- FLAG", help="further vLLM flags, after --")
     args = parser.parse_args(argv)
@@ -234,12 +234,12 @@ def is_healthy(host: str, port: int) -> bool:
         connection.close()
 
 
-def end_group(server: subprocess.Popen[bytes]) -> None:
-    """End every process of the server's group: first asked, then forced."""
+def end_group(server: subprocess.Popen[bytes], grace: float) -> None:
+    """End every process of the server's group: first asked, then, after `grace` seconds, forced."""
     if not signal_group(server.pid, signal.SIGTERM):
         server.wait()
         return
-    limit = time.monotonic() + STOP_GRACE_SECONDS
+    limit = time.monotonic() + grace
     while time.monotonic() < limit:
         server.poll()  # reaps the leader, so that an empty group is seen as such
         if not signal_group(server.pid, 0):

@@ -1,0 +1,196 @@
+"""The launcher with a stand-in for vLLM: it announces, forwards, and leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+TOOL = ROOT / "tools" / "serve_vllm.py"
+
+# Serves /health, starts a child as vLLM starts its engine, and writes down what it was given.
+STAND_IN = """
+import http.server, json, os, signal, subprocess, sys
+from pathlib import Path
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+note = Path(os.environ["STAND_IN_NOTE"])
+if os.environ.get("STAND_IN_FAILS"):
+    print("the engine core failed to start")
+    sys.exit(7)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+if os.environ.get("STAND_IN_IGNORES_TERM"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: (child.kill(), os._exit(0)))
+names = ("VLLM_API_KEY", "JUDGE_API_KEY", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE")
+seen = {name: os.environ.get(name) for name in names}
+note.write_text(json.dumps({"pids": [os.getpid(), child.pid], "argv": sys.argv[1:], "env": seen}))
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer((flags["--host"], int(flags["--port"])), Health).serve_forever()
+"""
+
+
+class Launch:
+    """One run of the tool with the stand-in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.note = folder / "note.json"
+        self.ready = folder / "ready"
+        package = folder / "site" / "vllm" / "entrypoints" / "openai"
+        package.mkdir(parents=True)
+        for level in (package, package.parent, package.parent.parent):
+            (level / "__init__.py").write_text("")
+        (package / "api_server.py").write_text(STAND_IN)
+        (folder / "venv" / "bin").mkdir(parents=True)
+        (folder / "venv" / "bin" / "python").symlink_to(sys.executable)
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+        self.process: subprocess.Popen[str] | None = None
+
+    def command(self, *flags: str) -> list[str]:
+        places = ["--judge-venv", str(self.folder / "venv"), "--model", str(self.folder / "model")]
+        files = ["--ready-file", str(self.ready), "--log-file", str(self.folder / "log")]
+        return [sys.executable, str(TOOL), *places, *files, "--device", "cpu", *flags]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        path = {"PYTHONPATH": str(self.folder / "site"), "STAND_IN_NOTE": str(self.note)}
+        return {**os.environ, **path, **more}
+
+    def start(self, *flags: str, **more: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            self.command(*flags), env=self.environment(**more), stdout=pipe, stderr=pipe, text=True
+        )
+        return self.process
+
+    def noted(self) -> dict[str, object]:
+        return dict(json.loads(self.note.read_text()))
+
+    def pids(self) -> list[int]:
+        return [int(pid) for pid in self.noted()["pids"]]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    started = Launch(tmp_path)
+    yield started
+    if started.process is not None and started.process.poll() is None:
+        started.process.kill()
+    if started.note.exists():
+        for pid in started.pids():
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (a dead one that nobody has waited for does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "the condition did not come true"
+        time.sleep(0.02)
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_announces_the_server_and_ends_it(launch: Launch, number: signal.Signals) -> None:
+    process = launch.start("--threads", "2", "--", "--seed", "5", JUDGE_API_KEY="secret-key")
+    url = first_line(process)
+    wait_until(launch.ready.exists)
+    assert launch.ready.read_text().strip() == url
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url.removesuffix("/v1") + "/health") as seen:
+        assert seen.status == 200
+    noted = launch.noted()
+    assert noted["env"] == {
+        "VLLM_API_KEY": "secret-key",
+        "JUDGE_API_KEY": None,
+        "OMP_NUM_THREADS": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+    }
+    argv = " ".join(noted["argv"])  # type: ignore[arg-type]
+    assert "--seed 5" in argv
+    assert "--served-model-name model" in argv
+    assert "secret-key" not in argv
+    process.send_signal(number)
+    assert process.wait(20) == 0
+    assert not any(alive(pid) for pid in launch.pids())
+    assert not launch.ready.exists()
+
+
+def test_nothing_is_left_when_the_tool_is_killed(launch: Launch) -> None:
+    process = launch.start()
+    assert first_line(process)
+    process.kill()
+    process.wait(10)
+    wait_until(lambda: not any(alive(pid) for pid in launch.pids()))
+
+
+def test_it_ends_with_the_process_that_called_it(launch: Launch) -> None:
+    calling = f"import subprocess, sys, time; subprocess.Popen({launch.command()!r}); time.sleep(600)"
+    launch.process = subprocess.Popen(
+        [sys.executable, "-c", calling], env=launch.environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert first_line(launch.process)
+    launch.process.kill()
+    wait_until(lambda: not any(alive(pid) for pid in launch.pids()))
+
+
+def test_a_stubborn_server_is_killed(launch: Launch) -> None:
+    process = launch.start("--stop-grace", "0.5", STAND_IN_IGNORES_TERM="1")
+    assert first_line(process)
+    process.terminate()
+    assert process.wait(30) == 0
+    assert not any(alive(pid) for pid in launch.pids())
+
+
+def test_a_server_that_fails_is_explained(launch: Launch) -> None:
+    process = launch.start(STAND_IN_FAILS="1")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "status 7 before it was ready" in errors
+    assert "the engine core failed to start" in errors
+
+
+def test_a_server_that_dies_later_is_noticed(launch: Launch) -> None:
+    process = launch.start()
+    assert first_line(process)
+    os.kill(launch.pids()[0], signal.SIGKILL)
+    assert process.wait(30) == 1
+    assert not any(alive(pid) for pid in launch.pids())
+
+
+def test_wrong_places_are_named(launch: Launch) -> None:
+    missing = [*launch.command()[:2], "--model", str(launch.folder / "none"), "--judge-venv", str(launch.folder)]
+    done = subprocess.run(missing, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "tools/setup.sh judge" in done.stderr
+    missing[-1] = str(launch.folder / "venv")
+    done = subprocess.run(missing, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "config.json" in done.stderr
