@@ -67,10 +67,11 @@ def deal_apart(
     and the last of an epoch) drop out of the later rounds, so documents long enough to feel it are dealt first.
     """
     count = len(owner)
-    documents, first, sizes = np.unique(owner, return_index=True, return_counts=True)
+    first = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
+    sizes = np.diff(np.append(first, count))
     batch_of = slot_batches(count, phase, batch_size)
     batches = int(batch_of[-1]) + 1
-    shuffled = rng.permutation(len(documents))
+    shuffled = rng.permutation(len(first))
     heavy = sizes[shuffled] >= max(1, batches - 2)
     light = shuffled[~heavy]
     large = shuffled[heavy]
@@ -80,9 +81,10 @@ def deal_apart(
     begins = np.searchsorted(batch_of, np.arange(batches))
     place_round = np.arange(count) - begins[batch_of]
     turn = rng.permutation(batches)
-    dealing = np.lexsort((turn[batch_of], place_round))
+    slots = np.full((int(place_round.max()) + 1) * batches, -1, dtype=np.int64)
+    slots[place_round * batches + turn[batch_of]] = np.arange(count)
     order = np.empty(count, dtype=np.int64)
-    order[dealing] = items
+    order[slots[slots >= 0]] = items
     return _shuffle_within(order, batch_of, rng)
 
 
@@ -96,7 +98,8 @@ def _shuffle_within(
     order: npt.NDArray[np.int64], batch_of: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Shuffle the items of each batch among themselves."""
-    return order[np.lexsort((rng.random(len(order)), batch_of))]
+    # The whole part keeps the batches in order, the fraction is the draw.
+    return order[np.argsort(batch_of + rng.random(len(order)), kind="stable")]
 
 
 def repair_seam(

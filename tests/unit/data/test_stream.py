@@ -130,6 +130,35 @@ def test_walk_counts_what_the_corpus_forces(tmp_path, byte_level):
     assert _shared_in_batches(stream, 5, 3) == 10
 
 
+def test_forced_sharing_is_counted_as_it_happens(tmp_path, byte_level):
+    rng = np.random.default_rng(12)
+    forced = 0
+    for trial in range(40):
+        lengths = [20, *rng.integers(0, 100, size=rng.integers(1, 12)).tolist()]
+        batch = int(rng.integers(2, 16))
+        stream = _stream(tmp_path / str(trial), byte_level, lengths=lengths, split_mode="walk", batch=batch, seed=trial)
+        size = stream.samples_per_epoch
+        if size < batch:
+            continue
+        seen: set[tuple[int, int]] = set()
+        happened = [0, 0, 0]
+        for index in range(3 * size):
+            place = (index // batch, stream.cut(index).document)
+            happened[index // size] += place in seen
+            seen.add(place)
+        assert [stream.forced_shared(epoch) for epoch in range(3)] == happened
+        forced += sum(happened)
+    assert forced > 0
+
+
+def test_corpus_smaller_than_a_batch_repeats_within_it(tmp_path, byte_level):
+    for mode in ("random", "walk"):
+        stream = _stream(tmp_path, byte_level, lengths=[12, 13], split_mode=mode, batch=7)
+        cuts = stream.batch(7)
+        assert [cut.sample_index for cut in cuts] == list(range(7, 14))
+        assert {cut.document for cut in cuts} == {0, 1}
+
+
 def test_dealing_is_as_good_as_can_be():
     rng = np.random.default_rng(4)
     for _ in range(300):
