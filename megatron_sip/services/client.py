@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +50,6 @@ class ServiceClient:
         self._jitter = random.Random()
         self.calls = 0
         self.attempts = 0
-        self.missing: Counter[str] = Counter()
 
     def __repr__(self) -> str:
         return f"ServiceClient({', '.join(e.base for e in self._endpoints)})"
@@ -78,10 +76,7 @@ class ServiceClient:
         """POST `body` to `path` below the base URL (`at_root`: beside /v1). Retries within one deadline."""
         async with self._slots:
             self.calls += 1
-            answer = await self._until_deadline(path, body, at_root)
-        if isinstance(answer, Missing):
-            self.missing[answer.reason.value] += 1
-        return answer
+            return await self._until_deadline(path, body, at_root)
 
     async def _until_deadline(self, path: str, body: Mapping[str, Any], at_root: bool) -> dict[str, Any] | Missing:
         loop = asyncio.get_running_loop()

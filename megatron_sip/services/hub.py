@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from megatron_sip.services.likelihood import LikelihoodJudge
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.rewriter import Rewriter
 from megatron_sip.services.toxicity import ClassifierJudge, ToxicityModel, load_profanity_check, load_toxic_bilstm
-from megatron_sip.types import Answers, Missing, Pool, Question, Verdict
+from megatron_sip.types import Answers, Missing, Pool, Question
 
 T = TypeVar("T")
 
@@ -47,6 +47,8 @@ class PreferenceServices:
         self._seconds = {"judge_seconds": 0.0, "rewriter_seconds": 0.0}
         self._asked: Counter[str] = Counter()
         self._missing: Counter[str] = Counter()
+        # Twice what is in flight: the next prompts are ready, but not all of a step's prompts lie in memory.
+        self._limit = 2 * config.judge.judge_concurrency
         self._specs = judge_specs(config)
         names = [spec.name for spec in self._specs]
         if any(name in CHAT_JUDGES or name == "likelihood" for name in names):
@@ -54,7 +56,10 @@ class PreferenceServices:
                 ServiceClient(judge_settings(config.judge), environ), config.judge.judge_max_context
             )
         if needs_rewriter(config):
-            self._rewrite_server = ModelServer(ServiceClient(rewriter_settings(config), environ))
+            own = bool(config.rewriter.rewriter_url)
+            self._rewrite_server = ModelServer(
+                ServiceClient(rewriter_settings(config), environ), None if own else config.judge.judge_max_context
+            )
             self._rewriter = Rewriter(
                 self._rewrite_server, config.rewriter.rewriter_temperature, config.rewriter.rewriter_top_p
             )
@@ -145,12 +150,13 @@ class PreferenceServices:
 
     async def _answer_all(self, pools: list[Pool], questions: list[list[Question]]) -> list[Answers]:
         began = time.monotonic()
-        jobs: list[Coroutine[Any, Any, Verdict]] = []
-        for pool, group in zip(pools, questions, strict=True):
-            members = distinct(pool.candidates).members
-            unique = replace(pool, candidates=tuple(pool.candidates[member] for member in members))
-            jobs += [self._judges[question.judge].ask(unique, question) for question in group]
-        verdicts = iter(await asyncio.gather(*jobs))
+        uniques = [distinct_pool(pool) for pool in pools]
+        jobs = (
+            self._judges[question.judge].ask(pool, question)
+            for pool, group in zip(uniques, questions, strict=True)
+            for question in group
+        )
+        verdicts = iter(await run_bounded(jobs, self._limit))
         answers = [{question: next(verdicts) for question in group} for group in questions]
         for group_answers in answers:
             for question, verdict in group_answers.items():
@@ -162,17 +168,44 @@ class PreferenceServices:
         self, rewriter: Rewriter, items: list[tuple[str, str]], max_tokens: int
     ) -> list[str | Missing]:
         began = time.monotonic()
-        jobs = [rewriter.rewrite(prefix, original, max_tokens) for prefix, original in items]
-        texts = await asyncio.gather(*jobs)
+        jobs = (rewriter.rewrite(prefix, original, max_tokens) for prefix, original in items)
+        texts = await run_bounded(jobs, self._limit)
         for text in texts:
             self._count(rewriter.name, text)
         self._seconds["rewriter_seconds"] += time.monotonic() - began
-        return list(texts)
+        return texts
 
     def _count(self, service: str, outcome: object) -> None:
         self._asked[service] += 1
         if isinstance(outcome, Missing):
             self._missing[f"{service}/{outcome.reason.value}"] += 1
+
+
+async def run_bounded(jobs: Iterable[Coroutine[Any, Any, T]], limit: int) -> list[T]:
+    """Results of all jobs in their order, at most `limit` at a time; a job is made when its turn comes.
+
+    The first exception ends all.
+    """
+    results: dict[int, T] = {}
+    numbered = enumerate(jobs)
+
+    async def work() -> None:
+        for index, job in numbered:  # shared: one event loop, and no await between taking and starting
+            results[index] = await job
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(limit):
+                group.create_task(work())
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from several
+    return [results[index] for index in range(len(results))]
+
+
+def distinct_pool(pool: Pool) -> Pool:
+    """`pool` with each token sequence once, which is what question indices speak of."""
+    members = distinct(pool.candidates).members
+    return replace(pool, candidates=tuple(pool.candidates[member] for member in members))
 
 
 def judge_specs(config: Config) -> list[JudgeSpec]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from megatron_sip.errors import ServiceError
 from megatron_sip.services.model_server import TOP_LOGPROBS, ModelServer
 from megatron_sip.services.prompts import (
     FACTUALITY_LOGIT_PREFILL,
@@ -29,6 +30,9 @@ from megatron_sip.services.verdicts import (
     parse_safety,
 )
 from megatron_sip.types import Missing, MissingReason, Pool, Question, Verdict
+
+LEAST_PROMPT = 512
+NO_TEXT = Missing(MissingReason.EMPTY, "the candidate has no text")
 
 
 class Judge(Protocol):
@@ -88,7 +92,13 @@ class ChatJudge:
         self._label_ids: dict[str, list[int]] | None = None
 
     async def start(self) -> None:
-        """Find the label tokens for the logit reading. Raises ServiceError."""
+        """Find the label tokens for the logit reading; see that an answer has room. Raises ServiceError."""
+        context = self._server.context
+        if not self._reading.logit and context is not None and self._reading.max_tokens + LEAST_PROMPT > context:
+            raise ServiceError(
+                f"--judge-max-tokens {self._reading.max_tokens} leaves no room for a prompt in the judge's context of "
+                f"{context} tokens; lower it or serve the judge with a longer context"
+            )
         if self._reading.logit and self._server.info.has_tokenize:
             self._label_ids = await self._server.label_ids(self._prefill, list(self._label_scores))
 
@@ -191,6 +201,3 @@ class FactualityJudge(ChatJudge):
         prompt = factuality_prompt(self._server.quoter, pool.prefix_text, pool.original_text, text, self._reading.logit)
         schema = {"name": "verdict", "schema": FACTUALITY_SCHEMA, "strict": True}
         return await self._verdict(prompt, response_format={"type": "json_schema", "json_schema": schema})
-
-
-NO_TEXT = Missing(MissingReason.EMPTY, "the candidate has no text")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_sip.errors import ServiceError
 from megatron_sip.services.judges import NO_TEXT
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.verdicts import prompt_logprobs
@@ -28,7 +29,12 @@ class LikelihoodJudge:
         self._server = server
 
     async def start(self) -> None:
-        """Nothing to learn; /tokenize is looked at by `mean_logprob`."""
+        """ServiceError where the server is not vLLM: only that tokenizes and scores prompts."""
+        if not self._server.info.has_tokenize:
+            raise ServiceError(
+                f"{self._server.client} has no /tokenize, which the likelihood judge needs; serve the judge with vLLM, "
+                "or set --likelihood-weight 0"
+            )
 
     async def ask(self, pool: Pool, question: Question) -> Verdict:
         """The score of candidate `first`."""

@@ -145,7 +145,9 @@ class ModelServer:
         prefix_tokens = await self.count(prompt.prefix) if prompt.prefix else 0
         keep = prefix_tokens - excess
         if keep < SMALLEST_PREFIX:
-            return Missing(MissingReason.TOO_LONG, f"the prompt is {excess} tokens too long without its prefix")
+            return Missing(
+                MissingReason.TOO_LONG, f"the prompt does not fit {self.context} tokens even without its prefix"
+            )
         self.trims += 1
         return prompt.messages(await self._shorten(prompt.prefix, keep - keep % PREFIX_STEP or keep))
 
