@@ -187,7 +187,7 @@ def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
 
 def _has_reference(folder: Path) -> bool:
     """Whether the checkpoint holds a reference policy."""
-    return any(key.startswith("reference.") for key in dist_checkpointing.load_sharded_metadata(str(folder)))
+    return any(key.startswith("reference.") for key in dist_checkpointing.load_tensors_metadata(str(folder)))
 
 
 def _first_line(error: BaseException) -> str:
