@@ -1,0 +1,77 @@
+"""The prefixes that arms are compared on: held-out documents and unsafe prompts, as tokens of the policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.errors import DataError
+
+
+@dataclass(frozen=True)
+class EvaluationPrefix:
+    """A prefix as tokens and text, with the human continuation where there is one."""
+
+    tokens: tuple[int, ...]
+    text: str
+    original: str = ""
+
+
+def held_out_prefixes(
+    file: Path, tokenizer: Tokenizer, count: int, prefix_length: int, suffix_length: int
+) -> list[EvaluationPrefix]:
+    """The first `prefix_length` tokens of the first `count` documents that go on for `suffix_length` more.
+
+    Raises:
+        DataError: the file cannot be read, or has too few such documents.
+    """
+    found = []
+    for text in read_texts(file):
+        tokens = tokenizer.encode(text)
+        if len(tokens) < prefix_length + suffix_length:
+            continue
+        prefix, rest = tokens[:prefix_length], tokens[prefix_length : prefix_length + suffix_length]
+        found.append(
+            EvaluationPrefix(tuple(prefix), tokenizer.prefix_text(prefix), tokenizer.candidate_text(prefix, rest))
+        )
+        if len(found) == count:
+            return found
+    raise DataError(
+        f"--held-out {file} has {len(found)} documents of at least {prefix_length + suffix_length} tokens, "
+        f"--num-prefixes asks for {count}; lower it or give more documents"
+    )
+
+
+def unsafe_prefixes(file: Path, tokenizer: Tokenizer, count: int, prefix_length: int) -> list[EvaluationPrefix]:
+    """`count` prefixes spread evenly over the file, which may be sorted by kind; the last `prefix_length` tokens.
+
+    Raises:
+        DataError: the file cannot be read, or has too few prefixes.
+    """
+    encoded = [tokens for tokens in map(tokenizer.encode, read_texts(file)) if tokens]
+    if len(encoded) < count:
+        raise DataError(f"--unsafe {file} has {len(encoded)} prefixes, --num-unsafe-prefixes asks for {count}")
+    kept = [encoded[index * len(encoded) // count][-prefix_length:] for index in range(count)]
+    return [EvaluationPrefix(tuple(tokens), tokenizer.prefix_text(tokens)) for tokens in kept]
+
+
+def read_texts(file: Path) -> Iterator[str]:
+    """The `text` of each line of a JSONL file.
+
+    Raises:
+        DataError: the file is not there, or a line has no text.
+    """
+    if not file.is_file():
+        raise DataError(f"{file} is not there; `python tools/get_demo_data.py` makes the demo's files")
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{file}, line {number} is no JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise DataError(f'{file}, line {number} has no "text"')
+            yield record["text"]
