@@ -55,7 +55,9 @@ def load_policy(folder: Path, vocab_size: int) -> Any:
         CheckpointError: it cannot be loaded, or has fewer rows than the tokenizer has tokens.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

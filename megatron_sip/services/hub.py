@@ -72,6 +72,11 @@ class PreferenceServices:
             return list(self._specs)
         return [spec for spec in self._specs if spec.name not in CHAT_JUDGES]
 
+    @property
+    def judge_model(self) -> str | None:
+        """Name of the model that the judge's server serves; None without such a judge. RuntimeError before `start`."""
+        return None if self._judge_server is None else self._judge_server.info.model
+
     def start(self) -> None:
         """Connect to the servers and check model, key and labels. Raises ServiceError with the way out."""
         self._loop = BackgroundLoop()

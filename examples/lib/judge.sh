@@ -1,0 +1,38 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # variables are shared among these files
+# The judge's server: started here with tools/serve_vllm.py, or one that runs already; checked either way.
+
+JUDGE_PID=
+
+# start_judge MODEL_DIR LOG READY_FILE FLAG... : start the server and wait until it is healthy; sets JUDGE_URL.
+start_judge() {
+    local model=$1 log=$2 ready=$3 pid
+    shift 3
+    rm -f "$ready"
+    start_logged "$log" "$PYTHON" tools/serve_vllm.py --model "$model" --ready-file "$ready" "$@"
+    pid=${STARTED[-1]}
+    JUDGE_PID=$pid
+    while [[ ! -f $ready ]]; do
+        if [[ -z $(still_there "$pid") ]]; then
+            warn "the judge server did not start; the end of $log:"
+            tail -n 25 "$log" | sed 's/^/    /' >&2
+            exit 1
+        fi
+        sleep 0.5
+    done
+    JUDGE_URL=$(<"$ready")
+}
+
+# stop_judge : end the server that start_judge started, if there is one.
+stop_judge() {
+    [[ -n $JUDGE_PID ]] || return 0
+    end_all "$JUDGE_PID"
+    wait "$JUDGE_PID" 2>/dev/null || true
+    forget "$JUDGE_PID"
+    JUDGE_PID=
+}
+
+# check_judge URL... : each answers as an OpenAI-compatible server with the key of the environment.
+check_judge() {
+    "$PYTHON" tools/check_server.py --judge-url "$@" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} || exit 1
+}

@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # variables are shared among these files
+# How the trainer is launched: the argument arrays that Megatron users know, and torchrun over them.
+# The script sets PYTHON, GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT.
+
+MODEL_ARGS=()
+TRAINING_ARGS=()
+MODEL_PARALLEL_ARGS=()
+DATA_ARGS=()
+SIP_ARGS=()
+EVAL_AND_LOGGING_ARGS=()
+
+# distributed_args : torchrun's own, from the usual variables.
+distributed_args() {
+    DISTRIBUTED_ARGS=(
+        --nproc-per-node "$GPUS_PER_NODE"
+        --nnodes "$NNODES"
+        --node-rank "$NODE_RANK"
+        --master-addr "$MASTER_ADDR"
+        --master-port "$MASTER_PORT"
+    )
+}
+
+# train_command EXTRA... : sets COMMAND, the whole launch; EXTRA flags come last and win.
+train_command() {
+    distributed_args
+    COMMAND=(
+        "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}"
+        -m megatron_sip.pretrain
+        "${MODEL_ARGS[@]}"
+        "${TRAINING_ARGS[@]}"
+        "${MODEL_PARALLEL_ARGS[@]}"
+        "${DATA_ARGS[@]}"
+        "${SIP_ARGS[@]}"
+        "${EVAL_AND_LOGGING_ARGS[@]}"
+        "$@"
+    )
+}
+
+# free_port : a port of this machine that nobody listens on.
+free_port() {
+    "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# has_gpu : a driver that lists a card; a bare nvidia-smi binary is not one.
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+# bound_threads : one thread a rank without a GPU; threads that spin at barriers would starve the others.
+bound_threads() {
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+}

@@ -1,0 +1,122 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # variables are shared among these files
+# Processes of the example: every one runs in a group of its own, writes to a log, and ends with the script.
+#
+# The script sets STOP_GRACE (seconds) if it wants another patience than 45 s.
+
+STARTED=()     # process ids of the groups that this script started and that may still run
+SCRIPT_START=$SECONDS
+
+say() { printf '[%4d s] %s\n' "$((SECONDS - SCRIPT_START))" "$*"; }
+warn() { printf '[%4d s] %s\n' "$((SECONDS - SCRIPT_START))" "$*" >&2; }
+die() {
+    warn "error: $*"
+    exit 1
+}
+
+# family PID... : these processes and all that descend from them. torchrun and the judge server put their
+# workers into sessions of their own, so a process group alone is not all.
+family() {
+    local pid child
+    for pid in "$@"; do
+        printf '%s\n' "$pid"
+        while read -r child; do
+            family "$child"
+        done < <(ps -o pid= --ppid "$pid" 2>/dev/null || true)
+    done
+}
+
+# still_there PID... : those that run (a zombie is over).
+still_there() {
+    local pid state
+    for pid in "$@"; do
+        state=$(ps -o stat= -p "$pid" 2>/dev/null) || continue
+        [[ $state == Z* ]] || printf '%s\n' "$pid"
+    done
+}
+
+# end_all PID... : ask the groups to end, wait until the whole families are gone, then force what is left.
+end_all() {
+    local members=() left=() pid limit=$((SECONDS + ${STOP_GRACE:-45}))
+    (($#)) || return 0
+    mapfile -t members < <(family "$@")
+    for pid in "$@"; do
+        kill -TERM -- "-$pid" 2>/dev/null || true
+    done
+    while mapfile -t left < <(still_there "${members[@]}") && ((${#left[@]})); do
+        if ((SECONDS >= limit)); then
+            warn "these processes did not end when asked and are forced: ${left[*]}"
+            kill -KILL "${left[@]}" 2>/dev/null || true
+            break
+        fi
+        sleep 0.2
+    done
+}
+
+# on_exit: the one way out. Bash runs it on success, on failure and after a signal.
+on_exit() {
+    local status=$?
+    trap '' INT TERM HUP
+    trap - EXIT
+    if ((${#STARTED[@]})); then
+        ((status == 0)) || warn "stopping what was started"
+        end_all "${STARTED[@]}"
+    fi
+    wait 2>/dev/null || true  # the last lines of a progress display
+    exit "$status"
+}
+
+install_traps() {
+    trap on_exit EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    trap 'exit 129' HUP
+}
+
+# start_logged LOG COMMAND... : start in a new session, output to LOG; the id is the last of STARTED.
+start_logged() {
+    local log=$1
+    shift
+    setsid "$@" >>"$log" 2>&1 </dev/null &
+    STARTED+=("$!")
+}
+
+# forget PID : it is over and was waited for.
+forget() {
+    local pid kept=()
+    for pid in "${STARTED[@]}"; do
+        [[ $pid == "$1" ]] || kept+=("$pid")
+    done
+    STARTED=("${kept[@]}")
+}
+
+# progress FILTER LOG PID FROM : lines of LOG after line FROM that match FILTER, shortened, until PID ends.
+progress() {
+    tail -n "+$(($4 + 1))" -F --pid="$3" --sleep-interval=0.5 "$2" 2>/dev/null |
+        grep --line-buffered -E "$1" |
+        sed -u -E 's/^ \[[^]]*\] iteration +([0-9]+)\/ *([0-9]+)/step \1 of \2/;
+                   s/ \| (consumed samples|global batch size|learning rate|number of [a-z ]*): *[^|]*//g;
+                   s/elapsed time per iteration \(ms\)/ms/; s/ +\|/ |/g; s/^/         /' |
+        cut -c "1-${COLUMNS:-220}" || true
+}
+
+# run_logged NAME LOG FILTER COMMAND... : run to the end with progress on the console. A failure shows the end of
+# the log and ends the script.
+run_logged() {
+    local name=$1 log=$2 filter=$3 pid follower status=0 from=0
+    shift 3
+    [[ -f $log ]] && from=$(wc -l <"$log")
+    touch "$log"
+    start_logged "$log" "$@"
+    pid=${STARTED[-1]}
+    progress "$filter" "$log" "$pid" "$from" &
+    follower=$!
+    wait "$pid" || status=$?
+    wait "$follower" || true
+    forget "$pid"
+    if ((status)); then
+        warn "$name failed with status $status; the end of $log:"
+        tail -n 25 "$log" | sed 's/^/    /' >&2
+        exit 1
+    fi
+}

@@ -1,0 +1,191 @@
+"""Compare policies on the same prefixes: judge win rates, safety, diversity and repetition, better or worse as found.
+
+    python tools/compare.py --arm base=runs/demo/base-hf --arm ntp=runs/demo/ntp-hf --arm sip=runs/demo/sip-hf \\
+        --tokenizer-model data/demo/tokenizer --held-out data/demo/held_out.jsonl \\
+        --unsafe data/demo/unsafe_prefixes.jsonl --classifiers-dir data/demo/classifiers \\
+        --judge-url http://127.0.0.1:8100/v1 --trained-with judge profanity-check --out runs/demo/compare
+
+The first arm is the base. Every arm writes greedily and equally long. --trained-with names what scored the training,
+because another reading of the same weights is not another judge. Keys come from JUDGE_API_KEY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+
+from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.errors import SipError
+from megatron_sip.evaluation.arms import Arm, load_policy, parse_arms, write_greedily
+from megatron_sip.evaluation.compare import Comparison, Reader, compare_arms
+from megatron_sip.evaluation.progress import Steps
+from megatron_sip.evaluation.prompts import EvaluationPrefix, held_out_prefixes, unsafe_prefixes
+from megatron_sip.evaluation.report import Report, print_report, write_report
+from megatron_sip.evaluation.safety import Classifier, SafetyComparison, compare_safety
+from megatron_sip.services.hub import PreferenceServices
+from megatron_sip.services.toxicity import load_profanity_check, load_toxic_bilstm
+
+CLASSIFIERS = ("profanity-check", "toxic-bilstm")
+WIDTH_OF_A_FILE = 160
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--arm", action="append", required=True, metavar="NAME=FOLDER", help="a Hugging Face folder; the first is base")
+    add("--tokenizer-model", required=True, help="tokenizer of all arms")
+    add("--held-out", type=Path, required=True, help="JSONL of held-out documents")
+    add("--unsafe", type=Path, help="JSONL of unsafe prefixes; without it safety is not measured")
+    add("--classifiers-dir", type=Path, help="folder that holds toxic-bilstm/, as tools/get_demo_data.py makes it")
+    add("--judge-url", nargs="+", required=True, help="base URLs of the judge's servers")
+    add("--judge-model", help="model name on the server (default: the only one)")
+    add("--judge-reading", choices=["logit", "generate"], default="logit", help="how a verdict is read")
+    add("--judge-concurrency", type=int, default=32, help="calls in flight")
+    add("--judge-timeout", type=float, default=300.0, help="seconds of one call, retries included")
+    add("--allow-insecure-judge", action="store_true", help="send a key over plain http to another host")
+    add(
+        "--trained-with",
+        nargs="+",
+        required=True,
+        choices=["none", "judge", *CLASSIFIERS],
+        help="what scored the training of any arm; judge: the model behind --judge-url",
+    )
+    add("--num-prefixes", type=int, default=100, help="held-out prefixes (default %(default)s)")
+    add("--num-unsafe-prefixes", type=int, default=200, help="unsafe prefixes (default %(default)s)")
+    add("--prefix-length", type=int, default=96, help="tokens of a held-out prefix, longest unsafe one")
+    add("--suffix-length", type=int, default=128, help="tokens that every arm writes")
+    add("--batch-size", type=int, default=50, help="prefixes written at once")
+    add("--num-threads", type=int, default=1, help="CPU threads while writing")
+    add("--seed", type=int, default=1234, help="seed of the bootstrap")
+    add("--out", type=Path, required=True, help="folder for report.json and report.md")
+    return parser
+
+
+def judge_config(args: argparse.Namespace) -> Config:
+    """Settings of a quality and a likelihood judge on the given servers."""
+    return Config(
+        judge=JudgeConfig(
+            judge_url=tuple(args.judge_url),
+            judge_model=args.judge_model,
+            judge_reading=args.judge_reading,
+            judge_concurrency=args.judge_concurrency,
+            judge_timeout=args.judge_timeout,
+            allow_insecure_judge=args.allow_insecure_judge,
+            quality_weight=1.0,
+            likelihood_weight=1.0,
+        )
+    )
+
+
+def write_all(
+    arms: Sequence[Arm], groups: Sequence[Sequence[EvaluationPrefix]], tokenizer: Tokenizer, args: argparse.Namespace
+) -> list[dict[str, list[str]]]:
+    """For each group of prefixes, the texts of every arm in the order of the prefixes."""
+    texts: list[dict[str, list[str]]] = [{} for _ in groups]
+    for arm in arms:
+        policy = load_policy(arm.folder, tokenizer.vocab_size)
+        steps = Steps(f"{arm.name} writes", sum(len(group) for group in groups))
+        for group, store in zip(groups, texts, strict=True):
+            rows = write_greedily(
+                policy,
+                [prefix.tokens for prefix in group],
+                args.suffix_length,
+                tokenizer.eod,
+                batch_size=args.batch_size,
+                tick=steps.add,
+            )
+            store[arm.name] = [
+                tokenizer.candidate_text(prefix.tokens, row) for prefix, row in zip(group, rows, strict=True)
+            ]
+    return texts
+
+
+def judge_quality(
+    services: PreferenceServices,
+    prefixes: Sequence[EvaluationPrefix],
+    texts: dict[str, list[str]],
+    base: str,
+    args: argparse.Namespace,
+) -> Comparison:
+    """Win rates against the base and the likelihood of every arm's text under the judge."""
+    model = services.judge_model or "unknown"
+    reading = "one-token verdicts" if args.judge_reading == "logit" else "written verdicts"
+    readers = [
+        Reader("quality", f"quality ({reading})", model, pairwise=True),
+        Reader("likelihood", "log-likelihood a token, repetition counted off", model, pairwise=False, scale="log"),
+    ]
+    steps = Steps("the judge compares", len(prefixes))
+    return compare_arms(
+        [prefix.text for prefix in prefixes],
+        texts,
+        readers,
+        lambda pools, questions: services.submit_answers(pools, questions).result(),
+        base=base,
+        originals=[prefix.original for prefix in prefixes],
+        seed=args.seed,
+        on_progress=lambda done, _all: steps.at(done),
+    )
+
+
+def judge_safety(texts: dict[str, list[str]], base: str, args: argparse.Namespace) -> SafetyComparison:
+    """Safety by both local classifiers."""
+    loaders: dict[str, Callable[[], Callable[[Sequence[str]], Sequence[float]]]] = {
+        "profanity-check": load_profanity_check,
+        "toxic-bilstm": lambda: load_toxic_bilstm(args.classifiers_dir / "toxic-bilstm"),
+    }
+    names = CLASSIFIERS if args.classifiers_dir else CLASSIFIERS[:1]
+    return compare_safety(texts, [Classifier(name, name, loaders[name]()) for name in names], base=base, seed=args.seed)
+
+
+def compare(args: argparse.Namespace) -> Report:
+    """The whole comparison. Raises SipError for what the user can mend."""
+    arms = parse_arms(args.arm)
+    tokenizer = Tokenizer(args.tokenizer_model)
+    held_out = held_out_prefixes(args.held_out, tokenizer, args.num_prefixes, args.prefix_length, args.suffix_length)
+    unsafe = (
+        unsafe_prefixes(args.unsafe, tokenizer, args.num_unsafe_prefixes, args.prefix_length) if args.unsafe else []
+    )
+    with PreferenceServices(judge_config(args)) as services:
+        texts, unsafe_texts = write_all(arms, [held_out, unsafe], tokenizer, args)
+        quality = judge_quality(services, held_out, texts, arms[0].name, args)
+        trained = {services.judge_model or "" if name == "judge" else name for name in args.trained_with} - {"none"}
+    return Report(
+        quality=quality,
+        safety=judge_safety(unsafe_texts, arms[0].name, args) if unsafe else None,
+        training_weights=tuple(sorted(trained)),
+        notes=(
+            f"Greedy continuations of {args.suffix_length} tokens without end-of-document; held-out prefixes are the "
+            f"first {args.prefix_length} tokens of {len(held_out)} documents that no arm was trained on.",
+        ),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    torch.set_num_threads(args.num_threads)
+    # A log or a pipe has no width of its own, and eighty columns would fold every number.
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=WIDTH_OF_A_FILE)
+    try:
+        report = compare(args)
+        page = write_report(report, args.out)[1]
+    except SipError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 1
+    print_report(report, console)
+    console.print(f"written to {page}", markup=False, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
