@@ -54,9 +54,9 @@ class StepMetrics:
     def all_reduce(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> StepMetrics:
         """The sum over the ranks of `group`: one collective of one tensor. Every rank of it must call.
 
-        Use the data parallel group: the ranks of one model-parallel group hold the same pools, and would
-        otherwise be counted several times. Values that only the last pipeline stage knows must be added on
-        every rank of the reduced group or on none of it.
+        The ranks of one model-parallel group hold the same pools: add a value on one rank of each such group
+        and reduce over the world, or on all ranks and reduce over the data parallel group. Anything else
+        counts a pool several times.
         """
         tensor = self.to_tensor(device)
         dist.all_reduce(tensor, group=group)
