@@ -71,8 +71,10 @@ def _setting(name: str, group: str, hint: Any) -> Setting:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, or None where nothing is."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """The known name that is most like `name` or begins with it; None where nothing is near."""
+    names = list(known)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    found += [other for other in names if len(name) >= 3 and other.startswith(name)]
     return found[0] if found else None
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import yaml
 
 from megatron_sip.config.cli import config_from_entries, refuse_userinfo
+from megatron_sip.config.fields import settings
 from megatron_sip.config.groups import Config
-from megatron_sip.config.yaml_file import entries_of, read_entries
+from megatron_sip.config.yaml_file import YamlEntry, entries_of, read_entries
 
 
 def to_yaml(config: Config) -> str:
@@ -26,6 +27,23 @@ def to_yaml(config: Config) -> str:
         for group, members in asdict(config).items()
     }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def to_flags(config: Config) -> list[str]:
+    """The command line arguments that give `config`; settings at their defaults are left out.
+
+    Raises:
+        ConfigError: a server's URL with a user name or password in it.
+    """
+    refuse_userinfo(config)
+    default = Config()
+    arguments: list[str] = []
+    for setting in settings().values():
+        value = getattr(getattr(config, setting.group), setting.name)
+        if value != getattr(getattr(default, setting.group), setting.name):
+            plain = list(value) if isinstance(value, tuple) else value
+            arguments += YamlEntry("the configuration", setting, plain).arguments()
+    return arguments
 
 
 def from_yaml(text: str, source: str) -> Config:

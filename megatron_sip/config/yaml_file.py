@@ -107,7 +107,7 @@ def entries_of(text: str, source: str) -> list[YamlEntry]:
         raise ConfigError(f"{source} must be a mapping of settings (micro_batch_size: 2), not a {type(raw).__name__}")
     entries: dict[str, YamlEntry] = {}
     for key, value in _flat(raw, source):
-        setting = _setting(key, source)
+        setting = find_setting(key, source)
         if setting.name in entries:
             raise ConfigError(f"{source}: {setting.name} is given twice; keep one")
         entries[setting.name] = YamlEntry(source, setting, value)
@@ -127,7 +127,7 @@ def _flat(raw: dict[Any, Any], source: str) -> Iterator[tuple[str, Any]]:
             yield str(key), value
             continue
         if key not in group_types():
-            _setting(str(key), source)  # a setting, or the better message for an unknown key
+            find_setting(str(key), source)  # a setting, or the better message for an unknown key
             raise ConfigError(f"{source}: {key} holds a mapping; only {', '.join(group_types())} group settings")
         for inner, inner_value in value.items():
             if isinstance(inner_value, dict):
@@ -135,7 +135,12 @@ def _flat(raw: dict[Any, Any], source: str) -> Iterator[tuple[str, Any]]:
             yield str(inner), inner_value
 
 
-def _setting(key: str, source: str) -> Setting:
+def find_setting(key: str, source: str) -> Setting:
+    """The setting that a key names, with hyphens or underscores; `source` is what the message says first.
+
+    Raises:
+        ConfigError: there is none; the message names the nearest.
+    """
     name = key.replace("-", "_")
     table = settings()
     if name in table:

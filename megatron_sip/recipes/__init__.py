@@ -1,1 +1,1 @@
-"""Functions that return a configuration."""
+"""Whole configurations by name, with the paper's settings; `python -m megatron_sip.recipes NAME` prints one."""
