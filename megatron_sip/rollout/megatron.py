@@ -39,17 +39,17 @@ class MegatronEngine:
         self.policy.eval()
         wave = self.wave or len(prefixes)
         try:
-            with torch.inference_mode():
+            # Not inference mode: megatron-core keeps gather buffers between calls, and one that was made in
+            # inference mode would break the next training step.
+            with torch.no_grad():
                 parts = [
                     self._wave(prefixes[start : start + wave], sample_indices[start : start + wave], sampling)
                     for start in range(0, len(prefixes), wave)
                 ]
         finally:
             self.policy.train(was_training)
-        # Cloned outside inference mode, so that autograd may see what is made of them.
         return Rollouts(
-            tokens=torch.cat([part.tokens for part in parts]).clone(),
-            lengths=torch.cat([part.lengths for part in parts]).clone(),
+            tokens=torch.cat([part.tokens for part in parts]), lengths=torch.cat([part.lengths for part in parts])
         )
 
     def _wave(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:

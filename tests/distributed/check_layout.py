@@ -188,10 +188,11 @@ def main() -> None:
     folder, tp, pp, sequence_parallel, micro, samples, *precision = sys.argv[1:]
     bf16 = precision == ["bf16"]
     check = LayoutCheck(Path(folder), int(tp), int(pp), sequence_parallel == "1", int(micro), bf16)
-    check.logprobs()
-    check.step()
     if not bf16:  # in bf16 a greedy choice may fall on either side of a near tie
         check.rollouts(Path(samples))
+    # Behind the rollouts, as in a real step: what they leave behind must not disturb training.
+    check.logprobs()
+    check.step()
     print(f"rank {check.world.rank}: passed", flush=True)
     world_module.stop()
 

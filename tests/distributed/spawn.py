@@ -40,10 +40,15 @@ def torchrun(world_size: int, *command: str, timeout: float = 300, **environment
     return subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def complaint(result: subprocess.CompletedProcess) -> str:
+    """What the ranks said before torchrun began to talk about it."""
+    said = (result.stdout + result.stderr).split("torch/distributed/elastic/multiprocessing/api.py")[0]
+    return said[-6000:]
+
+
 def run_checks(script: str, world_size: int, *arguments: str, timeout: float = 300) -> str:
     """Run a check script of this folder; its standard output. A failed rank fails the test with its words."""
     result = torchrun(world_size, str(Path(__file__).parent / script), *arguments, timeout=timeout)
     if result.returncode != 0:
-        tail = (result.stdout + result.stderr)[-6000:]
-        raise AssertionError(f"{script} {' '.join(arguments)} failed on {world_size} ranks:\n{tail}")
+        raise AssertionError(f"{script} {' '.join(arguments)} failed on {world_size} ranks:\n{complaint(result)}")
     return result.stdout
