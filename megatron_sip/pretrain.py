@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_sip.config.cli import parse_config
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
         validate(config, launched_world_size())
+        # megatron-core says once an import that Transformer Engine and apex are absent.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
         from megatron_sip.training.loop import pretrain
 
         pretrain(config)

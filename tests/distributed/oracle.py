@@ -88,6 +88,20 @@ def dpo(policy: LlamaForCausalLM, reference: LlamaForCausalLM) -> tuple[torch.Te
     return torch.stack(losses).mean(), torch.stack(logps), tokens
 
 
+def boundary_distance(folder: Path, ids: list[int], draw: float, top_p: float) -> float:
+    """How far a draw lies from the nearest step of the cumulative distribution behind `ids`, or the nucleus' edge."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, local_files_only=True)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    logits[0] = float("-inf")  # end of document is never sampled
+    probabilities = torch.softmax(logits, dim=-1)
+    ordered, index = probabilities.sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered
+    kept = torch.zeros_like(probabilities).scatter(0, index, torch.where(before < top_p, ordered, 0.0))
+    steps = kept.cumsum(0) / kept.sum()
+    return min(float((steps - draw).abs().min()), float((before - top_p).abs().min()))
+
+
 def save_like(model: LlamaForCausalLM, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A folder that loads as a Llama of this configuration but holds `tensors` (gradients, say)."""
     folder.mkdir(parents=True)
