@@ -12,19 +12,19 @@ from megatron_sip.config.fields import nearest
 from megatron_sip.config.groups import Config
 from megatron_sip.config.run_config import save_run_config, to_flags, to_yaml
 from megatron_sip.errors import ConfigError, SipError
-from megatron_sip.recipes.llama import Goal, llama_1b4_from_scratch, llama_tiny_smoke, recipes
+from megatron_sip.recipes.llama import Goal, llama_1b4_from_scratch, llama_tiny_smoke, recipe_of_preset, recipes
 from megatron_sip.recipes.overrides import apply_overrides
 
 _WITHOUT_GOAL = (llama_1b4_from_scratch, llama_tiny_smoke)
 
 
 def build(name: str, overrides: Sequence[str] = (), goal: Goal | None = None) -> Config:
-    """The recipe called `name` with overrides.
+    """The recipe called `name`, or the one for the model preset of that name, with overrides.
 
     Raises:
         ConfigError: an unknown recipe (the nearest is named), a goal that it has not, or a wrong override.
     """
-    known = recipes()
+    known = recipes() | recipe_of_preset()
     if name not in known:
         guess = nearest(name, known)
         hint = f"did you mean {guess}? " if guess else ""
@@ -40,7 +40,7 @@ def build(name: str, overrides: Sequence[str] = (), goal: Goal | None = None) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Print or write the recipe; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m megatron_sip.recipes", description="Print a recipe.")
-    parser.add_argument("name", metavar="NAME", help=", ".join(recipes()))
+    parser.add_argument("name", metavar="NAME", help=", ".join(recipes() | recipe_of_preset()))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings on top of the recipe")
     parser.add_argument("--goal", choices=typing.get_args(Goal), help="what the judges look for (default: quality)")
     output = parser.add_mutually_exclusive_group()

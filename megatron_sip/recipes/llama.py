@@ -110,3 +110,13 @@ def recipes() -> dict[str, Callable[..., Config]]:
     """The recipes by name."""
     functions = (llama_1b4_sip, llama_1b4_from_scratch, llama3_2_1b_sip, llama3_8b_sip, llama_tiny_smoke)
     return {function.__name__: function for function in functions}
+
+
+def recipe_of_preset() -> dict[str, Callable[..., Config]]:
+    """The recipe that stands for a `--model-preset`, for scripts that know the model's name only."""
+    return {
+        "llama-1.4b": llama_1b4_sip,
+        "llama3.2-1b": llama3_2_1b_sip,
+        "llama3-8b": llama3_8b_sip,
+        "llama-tiny": llama_tiny_smoke,
+    }

@@ -17,12 +17,14 @@ def nemo_run_task(config: Config) -> Any:
     Keys of servers stay in the environment of the nodes.
 
     Raises:
-        ConfigError: nemo-run is not installed.
+        ConfigError: nemo-run cannot be imported.
     """
     try:
         import nemo_run
     except ImportError as error:
-        raise ConfigError("nemo-run is not installed; install the extra: pip install 'megatron-sip[nemo]'") from error
+        raise ConfigError(
+            f"nemo-run cannot be imported ({error}); install the extra: pip install 'megatron-sip[nemo]'"
+        ) from error
     return nemo_run.Script(
         path="megatron_sip.pretrain",
         entrypoint="python",

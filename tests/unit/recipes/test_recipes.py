@@ -16,7 +16,14 @@ from megatron_sip.config.run_config import load_run_config, to_flags
 from megatron_sip.config.validate import data_parallel_size, validate
 from megatron_sip.errors import ConfigError
 from megatron_sip.recipes.__main__ import build, main
-from megatron_sip.recipes.llama import llama3_8b_sip, llama_1b4_from_scratch, llama_1b4_sip, llama_tiny_smoke, recipes
+from megatron_sip.recipes.llama import (
+    llama3_8b_sip,
+    llama_1b4_from_scratch,
+    llama_1b4_sip,
+    llama_tiny_smoke,
+    recipe_of_preset,
+    recipes,
+)
 from megatron_sip.recipes.nemo import nemo_run_task
 from megatron_sip.recipes.overrides import apply_overrides
 
@@ -141,6 +148,11 @@ def test_wrong_overrides_are_named(override: str, words: list[str], capsys: pyte
     assert all(word in shown.err for word in words), shown.err
     assert "sk-hidden" not in shown.err
     assert len(shown.err.splitlines()) == 1
+
+
+def test_a_preset_names_its_recipe() -> None:
+    assert all(build(name).model.model_preset == name for name in recipe_of_preset())
+    assert build("llama3-8b", goal="safety") == llama3_8b_sip("safety")
 
 
 def test_unknown_recipes_and_goals_are_named(capsys: pytest.CaptureFixture[str]) -> None:
