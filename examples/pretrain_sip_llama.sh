@@ -14,11 +14,13 @@
 #       One node of a cluster; run it on every node. What follows the script's name goes to the trainer as flags.
 #         MODEL         a recipe, such as llama-1.4b, llama3.2-1b or llama3-8b
 #         DATA_PATH     prefix of a corpus made by tools/preprocess_data.py; TOKENIZER_MODEL its tokenizer
-#         LOAD          a checkpoint or a Hugging Face Llama to start from; CHECKPOINT_PATH where to save
+#         LOAD          a checkpoint or a Hugging Face Llama to start from; CHECKPOINT_PATH where to save, and to go on
+#                       from if a checkpoint is there (default $RUN_DIR/checkpoints)
 #         NNODES (or NUM_NODES), NODE_RANK, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT; TP, PP
 #         JUDGE_URL     the judge's server(s), blanks between; REWRITER_URL. Or JUDGE_MODEL_DIR: node 0 serves that
 #                       model on JUDGE_HOST:JUDGE_PORT, on the devices of JUDGE_CUDA_VISIBLE_DEVICES if that is set
-#         RECIPE_OVERRIDES   KEY=VALUE settings for the recipe, blanks between
+#         GOAL          quality, factuality or safety; RECIPE_OVERRIDES  KEY=VALUE settings, blanks between
+#         MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, TRAIN_ITERS, LR, SAVE_INTERVAL, WANDB_PROJECT
 #         DRY_RUN=1     print the commands, start nothing
 #
 # Keys (JUDGE_API_KEY, REWRITER_API_KEY, WANDB_API_KEY) are read from the environment and stand on no command line.
@@ -56,7 +58,9 @@ MASTER_PORT=${MASTER_PORT:-29500}
 
 install_traps
 cd "$ROOT"
-if [[ -n ${MODEL:-}${DATA_PATH:-}${TOKENIZER_MODEL:-} ]]; then
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+    dry_run "$@"
+elif [[ -n ${MODEL:-}${DATA_PATH:-}${TOKENIZER_MODEL:-} ]]; then
     run_cluster "$@"
 else
     run_demo "$@"

@@ -3,13 +3,14 @@
 # The judge's server: started here with tools/serve_vllm.py, or one that runs already; checked either way.
 
 JUDGE_PID=
+JUDGE_ENV=()   # put before the server's command, such as (env CUDA_VISIBLE_DEVICES=0)
 
 # start_judge MODEL_DIR LOG READY_FILE FLAG... : start the server and wait until it is healthy; sets JUDGE_URL.
 start_judge() {
     local model=$1 log=$2 ready=$3 pid
     shift 3
     rm -f "$ready"
-    start_logged "$log" "$PYTHON" tools/serve_vllm.py --model "$model" --ready-file "$ready" "$@"
+    start_logged "$log" "${JUDGE_ENV[@]}" "$PYTHON" tools/serve_vllm.py --model "$model" --ready-file "$ready" "$@"
     pid=${STARTED[-1]}
     JUDGE_PID=$pid
     while [[ ! -f $ready ]]; do
@@ -34,5 +35,5 @@ stop_judge() {
 
 # check_judge URL... : each answers as an OpenAI-compatible server with the key of the environment.
 check_judge() {
-    "$PYTHON" tools/check_server.py --judge-url "$@" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} || exit 1
+    "$PYTHON" tools/check_server.py --judge-url "$@" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} | sed 's/^/         /' || exit 1
 }

@@ -37,6 +37,16 @@ train_command() {
     )
 }
 
+# load_args OWN BASE : sets LOAD_ARGS: go on with the run's own checkpoint, else begin with the weights of BASE (a
+# checkpoint or a Hugging Face Llama), else anew.
+load_args() {
+    if [[ -z $2 || -f $1/latest_checkpointed_iteration.txt ]]; then
+        LOAD_ARGS=(--load "$1" --save "$1")
+    else
+        LOAD_ARGS=(--load "$2" --finetune --save "$1")
+    fi
+}
+
 # free_port : a port of this machine that nobody listens on.
 free_port() {
     "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'

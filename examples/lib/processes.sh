@@ -90,14 +90,26 @@ forget() {
     STARTED=("${kept[@]}")
 }
 
+# short_lines : the trainer's log lines with what one wants to see while waiting; other lines as they are.
+# shellcheck disable=SC2016  # an awk program
+short_lines() {
+    awk -F ' [|] ' '
+        /iteration +[0-9]+\// {
+            split($1, words, /iteration +/); gsub(/ /, "", words[2]); line = "step " words[2]
+            for (i = 2; i <= NF; i++)
+                if ($i ~ /^(loss|margin|accuracy|valid pairs|chosen [a-z]+|rollout \(s\)|judge wait \(s\)|train \(s\)):/) {
+                    split($i, pair, /: */); value = pair[2] + 0
+                    line = line " | " pair[1] " " (value == int(value) ? value : sprintf("%.3f", value))
+                }
+            print "         " line; fflush(); next
+        }
+        !/resolved configuration/ { print "         " $0; fflush() }'
+}
+
 # progress FILTER LOG PID FROM : lines of LOG after line FROM that match FILTER, shortened, until PID ends.
 progress() {
     tail -n "+$(($4 + 1))" -F --pid="$3" --sleep-interval=0.5 "$2" 2>/dev/null |
-        grep --line-buffered -E "$1" |
-        sed -u -E 's/^ \[[^]]*\] iteration +([0-9]+)\/ *([0-9]+)/step \1 of \2/;
-                   s/ \| (consumed samples|global batch size|learning rate|number of [a-z ]*): *[^|]*//g;
-                   s/elapsed time per iteration \(ms\)/ms/; s/ +\|/ |/g; s/^/         /' |
-        cut -c "1-${COLUMNS:-220}" || true
+        grep --line-buffered -E "$1" | short_lines || true
 }
 
 # run_logged NAME LOG FILTER COMMAND... : run to the end with progress on the console. A failure shows the end of

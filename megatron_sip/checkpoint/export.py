@@ -6,6 +6,7 @@ one tensor with a leading layer axis. Read that way it is the model at TP1 and P
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -89,7 +90,9 @@ def read_parameters(folder: Path, model: ModelConfig) -> dict[str, torch.Tensor]
             for name, entry in stored.items()
             if isinstance(entry, TensorStorageMetadata) and name in _stored_names()
         }
-        dcp.load(whole, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that one process loads is meant
+            dcp.load(whole, storage_reader=reader, no_dist=True)
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{folder} cannot be read: {reason[0][:300]}; choose another --iteration") from error
