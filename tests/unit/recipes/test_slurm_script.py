@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-SBATCH = Path(__file__).parents[3] / "examples" / "slurm" / "sip_llama.sbatch"
-SHOWN = "MODEL NODE_RANK NNODES GPUS_PER_NODE MASTER_ADDR MASTER_PORT JUDGE_URL JUDGE_HOST LOAD CHECKPOINT_PATH"
+ROOT = Path(__file__).parents[3]
+SBATCH = ROOT / "examples" / "slurm" / "sip_llama.sbatch"
+SHOWN = "MODEL NODE_RANK NNODES GPUS_PER_NODE MASTER_ADDR MASTER_PORT JUDGE_URL CHECKPOINT_PATH"
 NEEDED = {"DATA_PATH": "corpus", "TOKENIZER_MODEL": "tokenizer", "JUDGE_URL": "https://judge:8100/v1"}
 
 
@@ -71,19 +73,25 @@ def test_keys_travel_in_the_environment_only(repository: Path) -> None:
     assert "sk-hidden" not in shown.stderr
 
 
-def test_a_judge_of_its_own_listens_on_the_first_node(repository: Path) -> None:
-    environment = NEEDED | {"JUDGE_MODEL_DIR": "judge", "JUDGE_URL": ""}
-    lines = _submit(repository, environment).stdout.splitlines()
-    assert all("JUDGE_HOST=node-a" in line for line in lines)
-
-
-def test_a_requeued_job_goes_on_from_its_own_checkpoint(repository: Path) -> None:
-    environment = NEEDED | {"LOAD": "base"}
-    assert "LOAD=base " in _submit(repository, environment).stdout
-    saved = repository / "runs" / "sip-llama"
-    saved.mkdir(parents=True)
-    (saved / "latest_checkpointed_iteration.txt").write_text("20", encoding="utf-8")
-    assert f"LOAD={saved} " in _submit(repository, environment).stdout
+def test_the_real_script_serves_the_judge_on_the_first_node_alone(repository: Path) -> None:
+    environment = {
+        "DATA_PATH": "corpus",
+        "TOKENIZER_MODEL": "tokenizer",
+        "JUDGE_MODEL_DIR": "judge",
+        "SIP_ROOT": str(ROOT),
+        "CHECKPOINT_PATH": "saved",
+        "PYTHON": sys.executable,
+        "DRY_RUN": "1",
+    }
+    shown = _submit(repository, environment, "--seed", "7")
+    assert shown.returncode == 0, shown.stderr
+    first, second = shown.stdout.split("node 1 of 2")
+    assert ("serve_vllm.py" in first, "serve_vllm.py" in second) == (True, False)
+    for rank, node in enumerate((first, second)):
+        assert f"--nnodes 2 --node-rank {rank} --master-addr node-a --master-port 29845" in node
+        assert "--judge-url http://node-a:8100/v1" in node
+        assert "--save saved" in node
+        assert "--seed 7" in node
 
 
 @pytest.mark.parametrize("missing", NEEDED)
