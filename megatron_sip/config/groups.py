@@ -73,6 +73,8 @@ class ParallelConfig:
     """Stages that share the layers (PP)."""
     context_parallel_size: int = 1
     """Ranks that share a sequence (CP); only 1 is supported by the shared-prefix attention."""
+    pad_query_groups: bool = False
+    """Where TP does not divide the query groups, add groups of zeros (SmolLM2-135M at TP 2); they cost time."""
     sequence_parallel: bool = False
     """Spread norms and residuals over the TP ranks along the sequence."""
     use_distributed_optimizer: bool = False

@@ -114,11 +114,16 @@ def _model(config: Config, model: ModelConfig) -> Iterator[str]:
             f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads}, and some ranks would "
             f"have no head at all; use {heads} or fewer"
         )
+    elif groups is not None and groups % tp and not config.parallel.pad_query_groups:
+        fitting = [str(size) for size in range(1, groups + 1) if groups % size == 0]
+        yield (
+            f"--tensor-model-parallel-size {tp} does not divide --num-query-groups {groups} (--num-attention-heads "
+            f"{heads}); use {' or '.join(fitting)}, or add groups of zeros with --pad-query-groups"
+        )
     if model.ffn_hidden_size is not None and model.ffn_hidden_size % tp:
         yield (
-            f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}"
-            + (f" (nor --num-attention-heads {heads})" if heads is not None and heads % tp else "")
-            + "; choose a size that divides both"
+            f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}; "
+            "choose a size that does"
         )
     if layers is not None and layers % pp:
         fitting = [str(size) for size in range(1, min(layers, 16) + 1) if layers % size == 0]

@@ -67,7 +67,9 @@ def test_presets_validate_at_every_layout_that_their_layers_allow(name: str, tp:
 
 def _runnable(model: ModelConfig, tp: int, pp: int) -> Config:
     config = Config(model=model)
-    parallel = replace(config.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    parallel = replace(
+        config.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pad_query_groups=True
+    )
     data = replace(config.data, data_path=("corpus",), tokenizer_model="tokenizer")
     judge = replace(config.judge, judge_url=("http://127.0.0.1:8100/v1",))
     return replace(config, parallel=parallel, data=data, judge=judge)
@@ -79,6 +81,12 @@ def test_padded_query_groups_are_told() -> None:
     (note,) = notes(_runnable(smollm, 2, 1))
     assert "--num-query-groups 3" in note
     assert "1.33 times" in note
+
+
+def test_padding_query_groups_must_be_asked_for() -> None:
+    config = _runnable(_resolved("smollm2-135m"), 2, 1)
+    with pytest.raises(ConfigError, match=r"--tensor-model-parallel-size 2 .* use 1 or 3, or .*--pad-query-groups"):
+        validate(replace(config, parallel=replace(config.parallel, pad_query_groups=False)), 2)
 
 
 def test_given_values_win_over_the_preset() -> None:
