@@ -11,7 +11,7 @@ from megatron_sip.checkpoint import dist as dist_checkpoint
 from megatron_sip.checkpoint.hf import load_hf_weights
 from megatron_sip.checkpoint.hf_config import is_hf_folder, model_config_from_hf
 from megatron_sip.config.groups import Config, ModelConfig
-from megatron_sip.config.presets import resolve_model
+from megatron_sip.config.presets import resolve_model, with_preset
 from megatron_sip.data.documents import Corpus, open_corpus
 from megatron_sip.data.packed import PackedStream
 from megatron_sip.data.stream import CutStream
@@ -88,7 +88,7 @@ def with_model(config: Config, tokenizer: Tokenizer) -> Config:
     """
     load = config.checkpoint.load
     if load is not None and is_hf_folder(load):
-        config = replace(config, model=_merged(config.model, model_config_from_hf(load), load))
+        config = replace(config, model=_merged(with_preset(config.model), model_config_from_hf(load), load))
     config = resolve_model(config, tokenizer.vocab_size)
     vocabulary = config.model.vocab_size
     if vocabulary is None or vocabulary < tokenizer.vocab_size:
