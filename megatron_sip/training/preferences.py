@@ -190,7 +190,8 @@ class PreferenceMaker:
             if not self.leader.any(any(questions)):
                 break
             future = self.services.submit_answers(pools, questions) if self.services else None
-            for given, fresh in zip(answers, self.leader.wait(future) or [], strict=True):
+            answered = self.leader.wait(future)
+            for given, fresh in zip(answers, answered or [], strict=True):
                 given.update(fresh)
         return [self._combined(pool, given, judges, iteration) for pool, given in zip(pools, answers, strict=True)]
 
