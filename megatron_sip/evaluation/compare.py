@@ -22,6 +22,7 @@ from megatron_sip.types import (
 )
 
 PREFIXES_AT_ONCE = 16
+SAME_BELIEF = 1e-9
 
 
 class Ask(Protocol):
@@ -50,14 +51,19 @@ class Reader:
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often an arm beats base: mean over prefixes of the mean over the answered option orders.
+    """How often an arm beats base, over prefixes.
 
+    `belief` is the mean over prefixes of the mean belief in the arm over the answered option orders; `estimate`
+    counts a prefix as won where that belief is above one half, as half won where it is one half. For verdicts of
+    0 and 1 the two differ only where the orders contradict each other; a probability read from a token may lean
+    one way on most prefixes and yet stay near one half on each.
     `identical` prefixes, on which both wrote the same text, count as half a win without being asked.
     `unanswered` prefixes have no verdict in either order and are in no mean; `one_order` were answered
     in one order only, so the judge's position bias is not averaged out there.
     """
 
     estimate: Estimate | None
+    belief: Estimate | None
     identical: int
     unanswered: int
     one_order: int
@@ -171,8 +177,10 @@ class _Statistics:
                 values.append(sum(wins) / len(wins))
             one_order += len(wins) == 1
             unanswered += not wins
-        estimate = bootstrap_mean(values, seed=self.seed, resamples=self.resamples)
-        return WinRate(estimate, identical, unanswered, one_order, dict(missing))
+        won = [0.5 if abs(value - 0.5) <= SAME_BELIEF else float(value > 0.5) for value in values]
+        estimate = bootstrap_mean(won, seed=self.seed, resamples=self.resamples)
+        belief = bootstrap_mean(values, seed=self.seed, resamples=self.resamples)
+        return WinRate(estimate, belief, identical, unanswered, one_order, dict(missing))
 
     def score(self, arm: str, reader: Reader) -> PointScore:
         verdicts = [self._pointwise(arm, reader, index) for index in range(len(self.places))]

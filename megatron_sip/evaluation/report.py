@@ -125,7 +125,9 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
 def _quality_grid(comparison: Comparison) -> Grid:
     pairwise = [reader.label for reader in comparison.readers if reader.pairwise]
     pointwise = [reader.label for reader in comparison.readers if not reader.pairwise]
-    heads = ["arm", *(f"{label}: win rate vs {comparison.base} (%)" for label in pairwise)]
+    heads = ["arm"]
+    for label in pairwise:
+        heads += [f"{label}: win rate vs {comparison.base} (%)", f"{label}: mean belief (%)"]
     for label in pointwise:
         heads += [label, f"{label}: less {comparison.base}"]
     rows = []
@@ -133,7 +135,10 @@ def _quality_grid(comparison: Comparison) -> Grid:
         cells = [name]
         for label in pairwise:
             rate = arm.win_rates.get(label)
-            cells.append("(50 by definition)" if rate is None else _interval(rate.estimate, 100, 1))
+            if rate is None:
+                cells += ["(50 by definition)", "(50 by definition)"]
+            else:
+                cells += [_interval(rate.estimate, 100, 1), _interval(rate.belief, 100, 1)]
         for label in pointwise:
             cells += _score_cells(arm.scores[label])
         rows.append(tuple(cells))
