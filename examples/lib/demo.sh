@@ -6,11 +6,11 @@
 # demo_settings : sizes that fit two cores; QUICK=1 keeps every stage and makes each short.
 demo_settings() {
     if [[ ${QUICK:-0} == 1 ]]; then
-        NTP_STEPS=48 SIP_STEPS=5 SIP_PREFIXES=4 ROLLOUTS=2 JUDGE_INTERVAL=4 REWRITE_INTERVAL=2
+        NTP_STEPS=48 SIP_STEPS=5 SIP_PREFIXES=4 ROLLOUTS=2 JUDGE_INTERVAL=4 REWRITE_INTERVAL=3
         HELD_OUT_PREFIXES=12 UNSAFE_PREFIXES=24 LOSS_TOKENS=10000
         RUN_DIR=${RUN_DIR:-runs/demo-quick}
     else
-        NTP_STEPS=512 SIP_STEPS=30 SIP_PREFIXES=8 ROLLOUTS=4 JUDGE_INTERVAL=20 REWRITE_INTERVAL=6
+        NTP_STEPS=512 SIP_STEPS=30 SIP_PREFIXES=8 ROLLOUTS=4 JUDGE_INTERVAL=20 REWRITE_INTERVAL=8
         HELD_OUT_PREFIXES=100 UNSAFE_PREFIXES=150 LOSS_TOKENS=100000
         RUN_DIR=${RUN_DIR:-runs/demo}
     fi
@@ -116,7 +116,7 @@ pretrain_base() {
     )
     SIP_ARGS=()
     EVAL_AND_LOGGING_ARGS=(
-        --log-interval "$((NTP_STEPS / 12))"
+        --log-interval "$((NTP_STEPS / 16))"
         --save "$RUN_DIR/base" --load "$RUN_DIR/base" --save-interval "$((NTP_STEPS / 4))"
         --metrics-file "$RUN_DIR/base.metrics.jsonl"
     )
@@ -173,6 +173,8 @@ self_improve() {
         --judge-interval "$JUDGE_INTERVAL"
         --judge-reading logit
         --rewrite-interval "$REWRITE_INTERVAL"
+        --rewriter-temperature 0.2
+        --rewriter-top-p 0.9
         --judge-concurrency 32
         --judge-timeout 300
         "${JUDGE_ARGS[@]}" "${REWRITER_ARGS[@]}"
@@ -192,7 +194,7 @@ continue_pretraining() {
     TRAINING_ARGS+=(--objective ntp --train-iters "$SIP_STEPS")
     DATA_ARGS+=(--ntp-samples cuts)
     SIP_ARGS=()
-    EVAL_AND_LOGGING_ARGS=("${LOAD_ARGS[@]}" --log-interval "$((SIP_STEPS / 6))" --metrics-file "$RUN_DIR/ntp.metrics.jsonl")
+    EVAL_AND_LOGGING_ARGS=("${LOAD_ARGS[@]}" --log-interval "$((SIP_STEPS / 6 + 1))" --metrics-file "$RUN_DIR/ntp.metrics.jsonl")
     train ntp
 }
 

@@ -91,25 +91,34 @@ forget() {
 }
 
 # short_lines : the trainer's log lines with what one wants to see while waiting; other lines as they are.
-# shellcheck disable=SC2016  # an awk program
 short_lines() {
-    awk -F ' [|] ' '
-        /iteration +[0-9]+\// {
-            split($1, words, /iteration +/); gsub(/ /, "", words[2]); line = "step " words[2]
-            for (i = 2; i <= NF; i++)
-                if ($i ~ /^(loss|margin|accuracy|valid pairs|chosen [a-z]+|rollout \(s\)|judge wait \(s\)|train \(s\)):/) {
-                    split($i, pair, /: */); value = pair[2] + 0
-                    line = line " | " pair[1] " " (value == int(value) ? value : sprintf("%.3f", value))
-                }
-            print "         " line; fflush(); next
-        }
-        !/resolved configuration/ { print "         " $0; fflush() }'
+    local line part short
+    while IFS= read -r line; do
+        if [[ $line =~ iteration\ +([0-9]+)/\ *([0-9]+) ]]; then
+            short="step ${BASH_REMATCH[1]}/${BASH_REMATCH[2]}"
+            while [[ $line == *' | '* ]]; do
+                line=${line#*' | '}
+                part=${line%%' |'*}
+                case $part in
+                    loss:* | margin:* | accuracy:* | 'valid pairs:'* | chosen\ * | 'rollout (s):'* | 'judge wait (s):'* | \
+                        'train (s):'*) short+=" | $part" ;;
+                esac
+            done
+            line=$short
+        fi
+        [[ $line == *'resolved configuration'* ]] || printf '         %s\n' "$line"
+    done
 }
 
 # progress FILTER LOG PID FROM : lines of LOG after line FROM that match FILTER, shortened, until PID ends.
 progress() {
     tail -n "+$(($4 + 1))" -F --pid="$3" --sleep-interval=0.5 "$2" 2>/dev/null |
         grep --line-buffered -E "$1" | short_lines || true
+}
+
+# log_end LOG FROM : the last lines of LOG after line FROM, without what torchrun says of its workers' end.
+log_end() {
+    tail -n "+$(($2 + 1))" "$1" | sed '/multiprocessing\/api.py.* failed /,$d' | tail -n 25 | sed 's/^/    /' >&2
 }
 
 # run_logged NAME LOG FILTER COMMAND... : run to the end with progress on the console. A failure shows the end of
@@ -127,8 +136,9 @@ run_logged() {
     wait "$follower" || true
     forget "$pid"
     if ((status)); then
+        # The lines themselves may be gone from the screen by now, so the end of the log stands here too.
         warn "$name failed with status $status; the end of $log:"
-        tail -n 25 "$log" | sed 's/^/    /' >&2
+        log_end "$log" "$from"
         exit 1
     fi
 }
