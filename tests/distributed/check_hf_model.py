@@ -50,6 +50,18 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def stays_in_the_vocabulary(policy: torch.nn.Module, world: World, tokens: torch.Tensor, vocab_size: int) -> None:
+    """Nearly uniform sampling never gives an id that only pads the vocabulary; unmasked, 512 draws would."""
+    from megatron_sip.rollout.engine import Sampling
+    from megatron_sip.rollout.megatron import MegatronEngine
+
+    sampling = Sampling(32, 8, temperature=1000.0, top_p=1.0, eod=0, stop_at_eod=False, seed=1)
+    drawn = MegatronEngine(policy, world).generate([row[:5].numpy() for row in tokens], [0, 1], sampling).tokens
+    assert int(drawn.min()) > 0
+    assert int(drawn.max()) < vocab_size
+    assert len(drawn.unique()) > 100
+
+
 @torch.no_grad()
 def check(folder: Path, world: World, parallel: ParallelConfig) -> None:
     """Load, compare the logits, export, compare the weights."""
@@ -67,6 +79,7 @@ def check(folder: Path, world: World, parallel: ParallelConfig) -> None:
         assert worst < 1e-4, f"{folder.name}: a logit is {worst:.1e} away from that of transformers"
         if world.tp_rank == 0:
             print(f"{folder.name}: logits within {worst:.1e} of {float(logits.abs().max()):.1f}", flush=True)
+    stays_in_the_vocabulary(policy, world, expected["tokens"], model.vocab_size)
     out = folder / f"out-tp{world.tp_size}-pp{world.pp_size}"
     export_hf(out, parameters, model, group=world.model_parallel_group, max_shard_bytes=10**8, **place)
     if world.is_main:
