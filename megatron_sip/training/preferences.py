@@ -88,6 +88,7 @@ class PreferenceMaker:
         self.engine = engine
         self.services = services
         self._rewrites: dict[int, Future[list[str | Missing]]] = {}
+        self._trims_counted = 0.0
 
     def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
         """Ask for the rewrites of a coming iteration, which depend on the documents alone."""
@@ -142,7 +143,18 @@ class PreferenceMaker:
         if self.services is None:
             return {}
         missing = float(sum(len(item) for item in absent))
-        return {**pool_metrics(pools, scores, pairs), "candidates/missing": (missing, float(len(pools)))}
+        return {
+            **pool_metrics(pools, scores, pairs),
+            "candidates/missing": (missing, float(len(pools))),
+            "judge/prompts_trimmed": (self._fresh_trims(self.services), float(len(pools))),
+        }
+
+    def _fresh_trims(self, services: PreferenceServices) -> float:
+        """Prompts that were trimmed since the last call, those of prefetched rewrites included."""
+        stats = services.stats()
+        total = stats.get("judge_prompt_trims", 0.0) + stats.get("rewriter_prompt_trims", 0.0)
+        fresh, self._trims_counted = total - self._trims_counted, total
+        return fresh
 
     def _write_rollouts(self, cuts: Sequence[Cut], iteration: int) -> Rollouts | None:
         count = active_rollouts(self.config.preference, self.config.rollout, iteration)
