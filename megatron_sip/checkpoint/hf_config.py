@@ -167,19 +167,27 @@ def _head_dim(model: ModelConfig) -> int | None:
     return model.hidden_size // model.num_attention_heads
 
 
+def model_differences(stored: ModelConfig, model: ModelConfig, source: str) -> list[str]:
+    """A clause for each flag by which two architectures differ, and which weights of the one would not mean the same.
+
+    stored  the architecture that belongs to the weights, as `source` (a file's name) tells it; both are resolved
+    """
+    names = _COMPARED + (_COMPARED_WITH_SCALING if stored.rope_scaling_factor is not None else ())
+    theirs, ours = (replace(one, kv_channels=_head_dim(one)) for one in (stored, model))
+    return [
+        f"--{name.replace('_', '-')} is {getattr(ours, name)}, {source} says {getattr(theirs, name)}"
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+
+
 def require_same_model(hf: ModelConfig, model: ModelConfig, folder: str | Path) -> None:
     """Refuse to fill a policy with weights that were trained as another model.
 
     Raises:
         CheckpointError: naming every flag that disagrees with config.json.
     """
-    names = _COMPARED + (_COMPARED_WITH_SCALING if hf.rope_scaling_factor is not None else ())
-    ours = replace(model, kv_channels=_head_dim(model))
-    wrong = [
-        f"--{name.replace('_', '-')} is {getattr(ours, name)}, config.json says {getattr(hf, name)}"
-        for name in names
-        if getattr(ours, name) != getattr(hf, name)
-    ]
+    wrong = model_differences(hf, model, "config.json")
     if wrong:
         raise CheckpointError(f"{folder} is another model: {'; '.join(wrong)}. Leave these flags out to take its own")
 

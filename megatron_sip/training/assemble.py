@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
 from megatron_sip.checkpoint.hf import load_hf_weights
-from megatron_sip.checkpoint.hf_config import is_hf_folder, model_config_from_hf
+from megatron_sip.checkpoint.hf_config import is_hf_folder, model_config_from_hf, model_differences
+from megatron_sip.checkpoint.latest import checkpoint_folder
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.presets import resolve_model, with_preset
+from megatron_sip.config.run_config import load_run_config
 from megatron_sip.data.documents import Corpus, open_corpus
 from megatron_sip.data.packed import PackedStream
 from megatron_sip.data.stream import CutStream
@@ -186,6 +188,7 @@ def _resume(
     load = config.checkpoint.load
     if load is None:
         raise CheckpointError("nothing to resume from; give --load")
+    _require_own_model(Path(load), config.model)
     progress = dist_checkpoint.load(Path(load), trainer, weights_only=config.checkpoint.finetune)
     if config.checkpoint.finetune:
         say(f"weights of {load} loaded; iteration, optimizer and stream start anew (--finetune)")
@@ -193,3 +196,23 @@ def _resume(
     stream.check_state(progress.stream)
     say(f"resumed from {load} at iteration {progress.iteration} ({progress.consumed_samples} samples consumed)")
     return progress
+
+
+def _require_own_model(load: Path, model: ModelConfig) -> None:
+    """Refuse our own checkpoint of another architecture, also where its tensors happen to have the same shapes.
+
+    Raises:
+        CheckpointError: naming each flag that disagrees with the checkpoint's run_config.yaml.
+    """
+    iteration = dist_checkpoint.latest_iteration(load)
+    if iteration is None:
+        return  # said by dist_checkpoint.load
+    folder = checkpoint_folder(load, iteration)
+    file = folder / "run_config.yaml"
+    if not file.is_file():
+        raise CheckpointError(f"--load {folder} has no {file.name}, so it is no whole checkpoint; name another")
+    wrong = model_differences(load_run_config(file).model, model, file.name)
+    if wrong:
+        raise CheckpointError(
+            f"--load {folder} is another model: {'; '.join(wrong)}. Give the model flags of {file}, or leave --load out"
+        )
