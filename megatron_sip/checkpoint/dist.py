@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, latest_iteration
+from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, first_line, latest_iteration
 from megatron_sip.config.groups import Config
 from megatron_sip.config.run_config import save_run_config
 from megatron_sip.errors import CheckpointError
@@ -28,6 +29,7 @@ from megatron_sip.parallel.world import World
 from megatron_sip.training.step import PolicyTrainer
 
 FORMAT_VERSION = 1
+_READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,11 @@ def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
     folder = checkpoint_folder(root, iteration)
     wanted = _state(trainer, loading=True, with_training=not weights_only)
     try:
-        # An NTP run leaves no reference: then the reference starts as a copy of what is loaded.
-        if not weights_only and not _has_reference(folder):
-            wanted.pop("reference")
-        state = dist_checkpointing.load(wanted, str(folder))
-    except (OSError, KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        absent = set() if weights_only else _absent_parts(folder)
+        state = dist_checkpointing.load({key: wanted[key] for key in wanted.keys() - absent}, str(folder))
+    except (*_READ_ERRORS, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(
-            f"--load {folder} does not fit this run: {_first_line(error)}; the model flags must be those in its "
+            f"--load {folder} does not fit this run: {first_line(error)}; the model flags must be those in its "
             "run_config.yaml, and its files complete"
         ) from error
     if state.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
@@ -174,7 +174,10 @@ def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
     if weights_only:
         trainer.after_weights_changed()
         return Progress(0, 0, {})
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    if "optimizer" in absent:
+        trainer.after_weights_changed()
+    else:
+        trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["torch_rng"])
     if trainer.reference:
@@ -185,11 +188,12 @@ def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
     return Progress(state["iteration"], state["consumed_samples"], state["stream"])
 
 
-def _has_reference(folder: Path) -> bool:
-    """Whether the checkpoint holds a reference policy."""
-    return any(key.startswith("reference.") for key in dist_checkpointing.load_tensors_metadata(str(folder)))
+def _absent_parts(folder: Path) -> set[str]:
+    """Parts of the state that the checkpoint lawfully lacks.
 
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    An NTP run leaves no reference: then the reference starts as a copy of what is loaded. A run that was stopped
+    before its first update has no moments yet: then the optimizer starts anew.
+    """
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    marks = {"reference": "reference.", "optimizer": "optimizer.state.exp_avg"}
+    return {part for part, mark in marks.items() if not any(key.startswith(mark) for key in stored)}

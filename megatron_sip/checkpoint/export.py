@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sip.checkpoint.hf import export_hf
 from megatron_sip.checkpoint.hf_names import EMBEDDING, TABLE
-from megatron_sip.checkpoint.latest import checkpoint_folder, latest_iteration
+from megatron_sip.checkpoint.latest import checkpoint_folder, first_line, latest_iteration
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.run_config import load_run_config
 from megatron_sip.errors import CheckpointError
@@ -93,9 +94,8 @@ def read_parameters(folder: Path, model: ModelConfig) -> dict[str, torch.Tensor]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that one process loads is meant
             dcp.load(whole, storage_reader=reader, no_dist=True)
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{folder} cannot be read: {reason[0][:300]}; choose another --iteration") from error
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, CheckpointException) as error:
+        raise CheckpointError(f"{folder} cannot be read: {first_line(error)}; choose another --iteration") from error
     if EMBEDDING.mcore not in whole:
         raise CheckpointError(f"{folder} holds no policy: {EMBEDDING.mcore} is not in it")
     return _by_layer(whole, model, folder)

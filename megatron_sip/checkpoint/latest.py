@@ -1,4 +1,4 @@
-"""Which checkpoint is the newest; known without megatron-core, so that small tools can ask too.
+"""Which checkpoint is the newest, and why one cannot be read; without megatron-core, so that small tools can ask too.
 
 <save>/iter_0000020/
 <save>/latest_checkpointed_iteration.txt     "20"
@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sip.errors import CheckpointError
 
@@ -36,3 +38,15 @@ def latest_iteration(root: Path) -> int | None:
             "restore it or write an iteration that is there into the file"
         )
     return int(text)
+
+
+def first_line(error: BaseException) -> str:
+    """The cause of a failed read or write in one line.
+
+    torch wraps what failed on a rank in a CheckpointException (a BaseException) that spells every rank's traceback;
+    the cause is the rank's own error.
+    """
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -60,8 +60,8 @@ class Run:
         )
 
     def train(self) -> None:
-        """Train to `--train-iters` or until asked to stop, save, and leave nothing running."""
-        iteration = self.progress.iteration
+        """Train to `--train-iters` or until asked to stop, save what is new, and leave nothing running."""
+        iteration = started_at = self.progress.iteration
         try:
             while iteration < self.config.training.train_iters and not self.leader.any_stop():
                 self.step(iteration)
@@ -76,7 +76,7 @@ class Run:
         finally:
             if self.services:
                 self.services.close()
-        if self.config.checkpoint.save and self.reporter.last_saved != iteration:
+        if self.config.checkpoint.save and iteration > started_at and self.reporter.last_saved != iteration:
             self._save()
         self.reporter.close()
 
