@@ -1,0 +1,83 @@
+"""examples/lib/processes.sh: progress lines, the end of a failed log, and that nothing outlives the script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+LIBRARY = ROOT / "examples" / "lib" / "processes.sh"
+LINE = (
+    " [2026-01-01 00:00:00] iteration        3/      30 | consumed samples:           24 | global batch size:     8 | "
+    "loss: 6.5E-01 | grad norm: 1.000 | valid pairs: 7 | chosen original: 0.50 | train (s): 0.90 |"
+)
+
+
+def start(script: str, tmp_path: Path) -> subprocess.Popen[str]:
+    whole = f"set -euo pipefail\nsource {LIBRARY}\nSTOP_GRACE=3\ninstall_traps\n{script}\n"
+    return subprocess.Popen(
+        ["env", "--default-signal=INT", "bash", "-c", whole],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def test_progress_shows_the_wanted_numbers_of_new_lines_only(tmp_path: Path) -> None:
+    (tmp_path / "run.log").write_text(LINE.replace("3/", "2/") + "\n")
+    (tmp_path / "lines").write_text(f"noise\n{LINE}\n> saved\n> resolved configuration:\n")
+    script = start("run_logged trial run.log '^( \\[|> )' cat lines", tmp_path)
+    out, err = script.communicate(timeout=30)
+    assert script.returncode == 0, err
+    assert [line.strip() for line in out.splitlines()] == [
+        "step 3/30 | loss: 6.5E-01 | valid pairs: 7 | chosen original: 0.50 | train (s): 0.90",
+        "> saved",
+    ]
+
+
+def test_a_failed_stage_shows_the_end_of_its_log_and_ends_the_script(tmp_path: Path) -> None:
+    (tmp_path / "run.log").write_text("line of an earlier run\n")
+    failing = 'for i in $(seq 40); do echo "line $i"; done; exit 7'
+    script = start(f"run_logged trial run.log nothing bash -c '{failing}'\necho not reached", tmp_path)
+    out, err = script.communicate(timeout=30)
+    assert script.returncode == 1
+    assert "trial failed with status 7" in err
+    assert "    line 40" in err
+    assert "    line 16" in err
+    assert "line 15" not in err
+    assert "earlier run" not in err
+    assert "not reached" not in out
+
+
+def wait_for(file: Path) -> int:
+    limit = time.monotonic() + 20
+    while not (file.exists() and file.read_text().strip()):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    return int(file.read_text())
+
+
+def test_an_interrupt_ends_even_what_sits_in_a_session_of_its_own_and_ignores_being_asked(tmp_path: Path) -> None:
+    # As torchrun and the judge server do: the worker leads another session. It also ignores TERM.
+    worker = 'trap "" TERM INT; echo $$ >worker; while :; do sleep 0.2; done'
+    (tmp_path / "parent.sh").write_text(f"setsid bash -c '{worker}' &\necho $$ >parent\nwait\n")
+    script = start("run_logged trial run.log nothing bash parent.sh", tmp_path)
+    parent, child = wait_for(tmp_path / "parent"), wait_for(tmp_path / "worker")
+    script.send_signal(signal.SIGINT)
+    _, err = script.communicate(timeout=30)
+    assert script.returncode == 130
+    assert f"{child}" in err  # it had to be forced, and that is said
+    assert not alive(parent)
+    assert not alive(child)
