@@ -18,6 +18,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def worker_environment(**environment: str) -> dict[str, str]:
+    """What ranks of a test see: this environment, one thread a rank, and `environment`."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
+        **environment,
+    }
+
+
 def torchrun(world_size: int, *command: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """Run `command` (`-m module args` or `script args`) on `world_size` ranks of this machine."""
     launch = [
@@ -29,14 +41,7 @@ def torchrun(world_size: int, *command: str, timeout: float = 300, **environment
         f"--master-port={free_port()}",
         *command,
     ]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-        "TOKENIZERS_PARALLELISM": "false",
-        **environment,
-    }
+    env = worker_environment(**environment)
     return subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 

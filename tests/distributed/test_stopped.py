@@ -1,0 +1,81 @@
+"""A run that is told to stop while it waits for judges: the last whole step is saved, and nothing is left running."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from fake_server import FakeServer, hang
+from spawn import ROOT, free_port, worker_environment
+from tiny_corpus import make_corpus
+from tiny_run import DATA, MODEL, TRAINING
+
+DEADLINE = 120.0
+
+
+def until(condition: Callable[[], bool], run: subprocess.Popen, what: str) -> None:
+    """Poll until `condition` holds; the run must be alive all the while."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert run.poll() is None, f"the run ended while {what} was awaited"
+        assert time.monotonic() < deadline, f"{what} did not come within {DEADLINE:.0f} s"
+        time.sleep(0.05)
+
+
+@contextmanager
+def started(log: Path, *flags: str) -> Iterator[subprocess.Popen]:
+    """The product at TP2 under torchrun; whatever of it is left is killed at the end."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    launch += [f"--master-port={free_port()}", "-m", "megatron_sip.pretrain", *flags]
+    with log.open("w") as out:
+        run = subprocess.Popen(launch, cwd=ROOT, env=worker_environment(), stdout=out, stderr=out)
+        family = [psutil.Process(run.pid)]
+        try:
+            yield run
+        finally:
+            family += [child for process in family if process.is_running() for child in process.children(True)]
+            for process in family:
+                if process.is_running():
+                    process.kill()
+            run.wait(30)
+
+
+def test_sigterm_during_a_judge_wait_saves_the_last_whole_step(tmp_path: Path) -> None:
+    data_path, tokenizer = make_corpus(tmp_path / "data")
+    saved, log = tmp_path / "saved", tmp_path / "output.txt"
+    flags = [*MODEL, *DATA, *TRAINING, "--data-path", data_path, "--tokenizer-model", tokenizer]
+    flags += "--tensor-model-parallel-size 2 --train-iters 1000 --judge-reading logit --quality-weight 1".split()
+    flags += ["--save", str(saved), "--metrics-file", str(tmp_path / "metrics.jsonl")]
+
+    with FakeServer() as server, started(log, *flags, "--judge-url", server.url) as run:
+        until(lambda: "iteration        1/" in log.read_text(), run, "the first step")
+        server.fault_every_time = hang
+        until(lambda: server.in_flight >= 8, run, "a judge wait")
+        ranks = psutil.Process(run.pid).children(recursive=True)
+        assert len(ranks) >= 2
+        began = time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        status = run.wait(DEADLINE)
+        took = time.monotonic() - began
+        left = [process for process in ranks if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        assert server.in_flight == 0, "a call outlived the run"
+    said = log.read_text()
+    print(f"torchrun ended {took:.1f} s after SIGTERM with status {status}")
+    assert left == [], "orphans"
+    # torchrun reports the signal that it was sent, whatever the ranks' own status is.
+    assert status != 0
+    assert took < 60
+    whole = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    assert f"stopping after iteration {whole}: the step that waited for judges is discarded" in said
+    assert (saved / "latest_checkpointed_iteration.txt").read_text().split() == [str(whole)]
+    assert sorted(path.name for path in saved.iterdir() if path.is_dir()) == [f"iter_{whole:07d}"]
+    # torchrun shows its own frames; ours show none.
+    assert re.search(r'File ".*megatron_sip', said) is None, said[-3000:]
