@@ -246,7 +246,9 @@ class JudgeConfig:
     classifier_path: str | None = None
     """Folder with model.weights.h5 and tokenizer.pickle for --classifier toxic-bilstm."""
     judge_interval: int = 1
-    """Ask the quality, safety and factuality judges every this many iterations; likelihood and classifier always."""
+    """Ask the quality, safety and factuality judges every this many iterations."""
+    likelihood_interval: int = 1
+    """Ask the likelihood judge every this many iterations; the classifier is asked in all of them."""
     judge_reading: Literal["generate", "logit"] = "generate"
     """generate: reason, then a parsed verdict; logit: one constrained token read as a probability."""
     judge_votes: int = 1

@@ -16,7 +16,8 @@ _AT_LEAST_ONE = (
     *("context_parallel_size", "distributed_timeout_minutes", "seq_length", "suffix_length", "min_prefix_length"),
     *("max_prefix_length", "min_document_length", "micro_batch_size", "global_batch_size", "train_iters"),
     *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
-    *("reference_update_interval", "judge_max_context", "judge_interval", "judge_votes", "judge_max_tokens"),
+    *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
+    *("judge_votes", "judge_max_tokens"),
     *("judge_concurrency", "rewrite_interval", "save_interval", "log_interval", "sample_log_interval"),
 )
 _ABOVE_ZERO = (

@@ -9,7 +9,7 @@ from megatron_sip.config.groups import Config
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.select import needs_scores
 from megatron_sip.services.endpoint import ClientSettings, parse_endpoints
-from megatron_sip.services.hub import CHAT_JUDGES, judge_settings, judge_specs, needs_rewriter, rewriter_settings
+from megatron_sip.services.hub import judge_intervals, judge_settings, judge_specs, needs_rewriter, rewriter_settings
 
 _WEIGHTS = "--quality-weight, --safety-weight, --factuality-weight, --likelihood-weight or --classifier-weight"
 
@@ -77,10 +77,11 @@ def _judges(config: Config) -> Iterator[str]:
         )
     elif served:
         yield from _server(judge_settings(judge))
-    if judge.judge_interval > 1 and names and all(name in CHAT_JUDGES for name in names):
+    intervals = judge_intervals(judge)
+    if names and all(intervals.get(name, 1) > 1 for name in names):
         yield (
-            f"--judge-interval {judge.judge_interval} leaves no judge in the iterations between; give "
-            "--likelihood-weight or --classifier-weight a value above 0, or set --judge-interval 1"
+            f"--judge-interval {judge.judge_interval} and --likelihood-interval {judge.likelihood_interval} leave no "
+            "judge in the iterations between; set one of them to 1, or give --classifier-weight a value above 0"
         )
     if judge.judge_reading == "logit" and judge.judge_votes > 1:
         yield (

@@ -67,10 +67,11 @@ class PreferenceServices:
             self._judges[name] = build_judge(name, config.judge, self._judge_server)
 
     def judges(self, iteration: int | None = None) -> list[JudgeSpec]:
-        """The judges to plan for; with `iteration`, those of that iteration (see --judge-interval)."""
-        if iteration is None or iteration % self._config.judge.judge_interval == 0:
+        """The judges to plan for; with `iteration`, those of that iteration (--judge-, --likelihood-interval)."""
+        if iteration is None:
             return list(self._specs)
-        return [spec for spec in self._specs if spec.name not in CHAT_JUDGES]
+        interval = judge_intervals(self._config.judge)
+        return [spec for spec in self._specs if iteration % interval.get(spec.name, 1) == 0]
 
     @property
     def judge_model(self) -> str | None:
@@ -232,6 +233,11 @@ def judge_specs(config: Config) -> list[JudgeSpec]:
         JudgeSpec("classifier", pairwise=False, weight=judge.classifier_weight),
     ]
     return [spec for spec in specs if spec.weight > 0]
+
+
+def judge_intervals(judge: JudgeConfig) -> dict[str, int]:
+    """Iterations between two uses of each judge; one that is not named is used in all of them."""
+    return {**dict.fromkeys(CHAT_JUDGES, judge.judge_interval), "likelihood": judge.likelihood_interval}
 
 
 def needs_rewriter(config: Config) -> bool:

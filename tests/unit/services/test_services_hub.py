@@ -410,6 +410,10 @@ def test_the_interval_spares_the_chat_judges(server: FakeServer) -> None:
     services = PreferenceServices(config_of(judge), {})
     named = [[spec.name for spec in services.judges(iteration)] for iteration in range(4)]
     assert named == [["quality", "likelihood"], ["likelihood"], ["likelihood"], ["quality", "likelihood"]]
+    judge = replace(judge, classifier_weight=1.0, likelihood_interval=2)
+    services = PreferenceServices(config_of(judge), {})
+    named = [[spec.name for spec in services.judges(iteration)] for iteration in range(3)]
+    assert named == [["quality", "likelihood", "classifier"], ["classifier"], ["likelihood", "classifier"]]
 
 
 @pytest.mark.parametrize(
