@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +99,28 @@ def save(config: Config, world: World, trainer: PolicyTrainer, progress: Progres
         torch_rng=torch.get_rng_state(),
     )
     try:
-        dist_checkpointing.save(state, str(partial), validate_access_integrity=True)
+        with _stop_signals_held():
+            dist_checkpointing.save(state, str(partial), validate_access_integrity=True)
     except OSError as error:
         raise CheckpointError(f"cannot write {partial}: {error}; free space or choose another --save") from error
     dist.barrier(group=world.control_group)
     _on_main(world, lambda: _publish(config, partial, final, progress.iteration))
     return final
+
+
+@contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """Let stop signals wait until the files are written.
+
+    megatron-core keeps a helper process from its first save on. It inherits this mask, so that a SIGTERM to the
+    whole process group, as torchrun sends it, does not end it before the last save.
+    """
+    resource_tracker.ensure_running()  # starting it later would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _on_main(world: World, action: Any) -> None:

@@ -104,13 +104,14 @@ def test_a_signal_ends_everything_and_saves(corpus: tuple[str, str], tmp_path: P
     node = subprocess.Popen(
         # As at a terminal: a test run in the background would hand on an ignored SIGINT, which bash cannot trap.
         ["env", "--default-signal=INT", *SCRIPT, *SMALL, "--train-iters", "100000", "--metrics-file", str(metrics)],
-        env=environment(corpus, tmp_path / "run", MASTER_PORT=str(free_port()), TP="1"),
+        # A save at every step, so that the helper of the first save is there when the signal comes.
+        env=environment(corpus, tmp_path / "run", MASTER_PORT=str(free_port()), TP="1", SAVE_INTERVAL="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()):
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert node.poll() is None, node.communicate()[0][-4000:]
         assert time.monotonic() < deadline, "no step within two minutes"
         time.sleep(0.2)
@@ -120,7 +121,9 @@ def test_a_signal_ends_everything_and_saves(corpus: tuple[str, str], tmp_path: P
     output = node.communicate(timeout=120)[0]
     assert node.returncode == 128 + number, output[-3000:]
     assert not [pid for pid in members if runs(pid)]
-    assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").exists(), output[-3000:]
+    assert "megatron_sip: error" not in output, output[-3000:]
+    saved = (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+    assert int(saved) == json.loads(metrics.read_text().splitlines()[-1])["iteration"]
 
 
 def dry_run(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
