@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--judge-url", nargs="+", required=True, help="base URLs of the judge's servers")
     add("--judge-model", help="model name on the server (default: the only one)")
     add("--judge-reading", choices=["logit", "generate"], default="logit", help="how a verdict is read")
+    add("--no-likelihood", dest="likelihood", action="store_false", help="leave out each text's likelihood")
     add("--judge-concurrency", type=int, default=32, help="calls in flight")
     add("--judge-timeout", type=float, default=300.0, help="seconds of one call, retries included")
     add("--allow-insecure-judge", action="store_true", help="send a key over plain http to another host")
@@ -72,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def judge_config(args: argparse.Namespace) -> Config:
-    """Settings of a quality and a likelihood judge on the given servers."""
+    """Settings of a quality judge, and of a likelihood judge if asked for, on the given servers."""
     return Config(
         judge=JudgeConfig(
             judge_url=tuple(args.judge_url),
@@ -82,7 +83,7 @@ def judge_config(args: argparse.Namespace) -> Config:
             judge_timeout=args.judge_timeout,
             allow_insecure_judge=args.allow_insecure_judge,
             quality_weight=1.0,
-            likelihood_weight=1.0,
+            likelihood_weight=1.0 if args.likelihood else 0.0,
         )
     )
 
@@ -120,10 +121,10 @@ def judge_quality(
     """Win rates against the base and the likelihood of every arm's text under the judge."""
     model = services.judge_model or "unknown"
     reading = "one-token verdicts" if args.judge_reading == "logit" else "written verdicts"
-    readers = [
-        Reader("quality", f"quality ({reading})", model, pairwise=True),
-        Reader("likelihood", "log-likelihood a token, repetition counted off", model, pairwise=False, scale="log"),
-    ]
+    readers = [Reader("quality", f"quality ({reading})", model, pairwise=True)]
+    if args.likelihood:
+        label = "log-likelihood a token, repetition counted off"
+        readers.append(Reader("likelihood", label, model, pairwise=False, scale="log"))
     steps = Steps("the judge compares", len(prefixes))
     return compare_arms(
         [prefix.text for prefix in prefixes],

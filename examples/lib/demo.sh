@@ -6,11 +6,11 @@
 # demo_settings : sizes that fit two cores; QUICK=1 keeps every stage and makes each short.
 demo_settings() {
     if [[ ${QUICK:-0} == 1 ]]; then
-        NTP_STEPS=48 SIP_STEPS=5 SIP_PREFIXES=4 ROLLOUTS=2 JUDGE_INTERVAL=4 REWRITE_INTERVAL=3
+        NTP_STEPS=32 SIP_STEPS=5 SIP_PREFIXES=2 ROLLOUTS=2 JUDGE_INTERVAL=3 REWRITE_INTERVAL=3
         HELD_OUT_PREFIXES=12 UNSAFE_PREFIXES=24 LOSS_TOKENS=10000
         RUN_DIR=${RUN_DIR:-runs/demo-quick}
     else
-        NTP_STEPS=489 SIP_STEPS=30 SIP_PREFIXES=8 ROLLOUTS=4 JUDGE_INTERVAL=20 REWRITE_INTERVAL=8
+        NTP_STEPS=489 SIP_STEPS=30 SIP_PREFIXES=8 ROLLOUTS=4 JUDGE_INTERVAL=30 REWRITE_INTERVAL=15
         HELD_OUT_PREFIXES=100 UNSAFE_PREFIXES=100 LOSS_TOKENS=50000
         RUN_DIR=${RUN_DIR:-runs/demo}
     fi
@@ -88,10 +88,10 @@ on_cuts() {
     common_args
     DATA_ARGS+=(--split-mode random --seq-length "$((PREFIX + SUFFIX))" --suffix-length "$SUFFIX")
     TRAINING_ARGS=(
-        --micro-batch-size 4 "${PRECISION_ARGS[@]}"
+        --micro-batch-size 2 "${PRECISION_ARGS[@]}"
         --global-batch-size "$SIP_PREFIXES"
-        --lr 2e-4
-        --min-lr 2e-5
+        --lr 5e-5
+        --min-lr 5e-6
         --lr-warmup-iters 3
         --lr-decay-iters "$SIP_STEPS"
     )
@@ -167,6 +167,7 @@ self_improve() {
         --pool original rewrite rollout
         --num-rollouts "$ROLLOUTS"
         --likelihood-weight 10
+        --likelihood-interval 2
         --classifier-weight 1
         --classifier profanity-check
         --quality-weight 1
@@ -180,7 +181,7 @@ self_improve() {
         "${JUDGE_ARGS[@]}" "${REWRITER_ARGS[@]}"
     )
     EVAL_AND_LOGGING_ARGS=(
-        "${LOAD_ARGS[@]}" --save-interval 5
+        "${LOAD_ARGS[@]}" --save-interval "$((SIP_STEPS / 2))"
         --metrics-file "$RUN_DIR/sip.metrics.jsonl"
         --sample-log "$RUN_DIR/sip.samples.jsonl"
         --sample-log-interval "$((SIP_STEPS / 2))"
@@ -210,7 +211,7 @@ compare_arms() {
         --tokenizer-model "$DATA_DIR/tokenizer" \
         --held-out "$DATA_DIR/held_out.jsonl" --unsafe "$DATA_DIR/unsafe_prefixes.jsonl" \
         --classifiers-dir "$DATA_DIR/classifiers" --trained-with judge profanity-check \
-        "${JUDGE_ARGS[@]}" --judge-reading logit --num-threads "$(nproc)" \
+        "${JUDGE_ARGS[@]}" --judge-reading logit --no-likelihood --num-threads "$(nproc)" \
         --num-prefixes "$HELD_OUT_PREFIXES" --num-unsafe-prefixes "$UNSAFE_PREFIXES" \
         --prefix-length "$PREFIX" --suffix-length "$SUFFIX" \
         --out "$RUN_DIR/compare"
