@@ -198,7 +198,7 @@ def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
         trainer.after_weights_changed()
     else:
         trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scheduler.load_state_dict(state["scheduler"])
+    _load_schedule(trainer, state["scheduler"], folder)
     torch.set_rng_state(state["torch_rng"])
     if trainer.reference:
         if state.get("reference"):
@@ -206,6 +206,18 @@ def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
         else:
             trainer.reference.copy_policy()
     return Progress(state["iteration"], state["consumed_samples"], state["stream"])
+
+
+def _load_schedule(trainer: PolicyTrainer, state: dict[str, Any], folder: Path) -> None:
+    """Go on with the saved schedule; megatron-core asserts that its settings are still the same."""
+    try:
+        trainer.scheduler.load_state_dict(state)
+    except AssertionError as error:
+        raise CheckpointError(
+            f"--load {folder} was trained with another schedule ({first_line(error)}); give --lr, --min-lr, "
+            "--lr-warmup-iters, --lr-decay-iters, --lr-decay-style and --weight-decay as in its run_config.yaml "
+            "(--train-iters is the default of --lr-decay-iters), or start anew from its weights with --finetune"
+        ) from error
 
 
 def _absent_parts(folder: Path) -> set[str]:

@@ -43,7 +43,6 @@ TRAINING: tuple[MetricSpec, ...] = (
     MetricSpec("logps/chosen", label="logp chosen", form=".2f"),
     MetricSpec("logps/rejected", label="logp rejected", form=".2f"),
     MetricSpec("objective/kl"),
-    MetricSpec("objective/entropy"),
 )
 
 STEPS: tuple[MetricSpec, ...] = (

@@ -89,7 +89,8 @@ class Run:
         self.maker.prefetch(self.cuts(self.progress.consumed_samples + size), iteration + 1)
         learning_rate = self.trainer.learning_rate
         result = self.trainer.step(preferences.batch)
-        self.reporter.step(iteration + 1, learning_rate, preferences, result, time.perf_counter() - started)
+        consumed = self.progress.consumed_samples + size
+        self.reporter.step(iteration + 1, consumed, learning_rate, preferences, result, time.perf_counter() - started)
 
     def cuts(self, consumed_samples: int) -> list[Cut]:
         """This rank's share of the global batch behind `consumed_samples`."""

@@ -114,6 +114,7 @@ class PreferenceMaker:
         rollouts = self._write_rollouts(cuts, iteration)
         rolled = time.perf_counter()
         rewrites = self.leader.wait(self._rewrites.pop(iteration, None))
+        rewritten = time.perf_counter()
         pools, absent = self._pools(cuts, rollouts, rewrites)
         scores = self._score(pools, iteration)
         pairs = [
@@ -129,7 +130,11 @@ class PreferenceMaker:
             scores=scores,
             pairs=pairs,
             metrics=self._metrics(pools, scores, pairs, absent),
-            seconds={"rollout": rolled - started, "judge_wait": judged - rolled},
+            seconds={
+                "rollout": rolled - started,
+                "rewrite_wait": rewritten - rolled,
+                "judge_wait": judged - rewritten,
+            },
         )
 
     def _metrics(
@@ -162,6 +167,8 @@ class PreferenceMaker:
             return None
         if needs_scores(self.config.training.objective) and "rollout" not in self.config.preference.pool:
             return None
+        if not needs_scores(self.config.training.objective):
+            count = 1  # nothing chooses among rollouts, so one is what the baseline trains on
         sampling = Sampling(
             num_rollouts=count,
             max_new_tokens=self.config.data.suffix_length,

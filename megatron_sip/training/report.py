@@ -11,7 +11,7 @@ from megatron_sip.config.run_config import to_yaml
 from megatron_sip.config.validate import notes
 from megatron_sip.errors import SipError
 from megatron_sip.metrics.aggregate import StepMetrics
-from megatron_sip.metrics.names import metric_specs
+from megatron_sip.metrics.names import STEPS, TIMES, TRAINING, metric_specs
 from megatron_sip.metrics.samples import SampleLog
 from megatron_sip.metrics.sinks import Sinks, open_sinks
 from megatron_sip.parallel.world import World
@@ -31,7 +31,9 @@ class Reporter:
         self.config = config
         self.world = world
         self.last_saved: int | None = None
-        self._specs = metric_specs([spec.name for spec in judge_specs(config)])
+        judges = [spec.name for spec in judge_specs(config)]
+        # A run without pairs does not report on pairs.
+        self._specs = (*TRAINING, *STEPS, *TIMES) if config.training.objective == "ntp" else metric_specs(judges)
         self._metrics = StepMetrics(self._specs)
         self._skipped_in_a_row = 0
         self._iterations = 0
@@ -70,7 +72,13 @@ class Reporter:
             )
 
     def step(
-        self, iteration: int, learning_rate: float, preferences: Preferences, result: StepResult, seconds: float
+        self,
+        iteration: int,
+        consumed_samples: int,
+        learning_rate: float,
+        preferences: Preferences,
+        result: StepResult,
+        seconds: float,
     ) -> None:
         """Account for one finished iteration (counted from 1).
 
@@ -86,7 +94,7 @@ class Reporter:
             if self._samples:
                 self._samples.log(iteration, preferences.pools, preferences.scores, preferences.pairs)
         if iteration % self.config.logging.log_interval == 0 or iteration == self.config.training.train_iters:
-            self._flush(iteration, learning_rate)
+            self._flush(iteration, consumed_samples, learning_rate)
         self._check_stuck(result)
 
     def _add_main(self, preferences: Preferences, result: StepResult) -> None:
@@ -100,13 +108,13 @@ class Reporter:
         self._metrics.add("time/reference", result.reference_seconds)
         self._metrics.add("time/train", result.train_seconds)
 
-    def _flush(self, iteration: int, learning_rate: float) -> None:
+    def _flush(self, iteration: int, consumed_samples: int, learning_rate: float) -> None:
         """Reduce over all ranks, hand to the sinks, begin anew."""
         values = self._metrics.all_reduce(self.world.control_group).result()
         if self._sinks:
             size = self.config.training.global_batch_size
             general = {
-                "consumed_samples": float(iteration * size),
+                "consumed_samples": float(consumed_samples),
                 "elapsed_ms": 1000 * self._seconds / self._iterations,
                 "learning_rate": learning_rate,
                 "global_batch_size": float(size),
