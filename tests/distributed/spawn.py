@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -12,10 +13,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listens on, below those that the system gives to outgoing connections.
+
+    One of those could be taken in the seconds until a launch listens on it.
+    """
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(15000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def worker_environment(**environment: str) -> dict[str, str]:
@@ -42,7 +52,15 @@ def torchrun(world_size: int, *command: str, timeout: float = 300, **environment
         *command,
     ]
     env = worker_environment(**environment)
-    return subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    with subprocess.Popen(launch, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            out, err = run.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # Terminated and not killed, torchrun ends its ranks, which are in sessions of their own.
+            run.terminate()
+            out, err = run.communicate(timeout=60)
+            raise AssertionError(f"{command} took more than {timeout:.0f} s:\n{(out + err)[-6000:]}") from None
+    return subprocess.CompletedProcess(launch, run.returncode, out, err)
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:
