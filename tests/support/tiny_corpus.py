@@ -51,14 +51,19 @@ def make_tokenizer(folder: Path, texts: list[str], vocab_size: int = 320) -> Non
 
 def make_corpus(folder: Path, count: int = 60, sentences: int = 8, seed: int = 1) -> tuple[str, str]:
     """(data path, tokenizer folder) of a corpus under `folder`."""
-    from megatron_sip.data.tokenizer import Tokenizer as PolicyTokenizer
-
     texts = documents(count, sentences, seed)
     make_tokenizer(folder / "tokenizer", texts)
-    tokenizer = PolicyTokenizer(str(folder / "tokenizer"))
+    return write_corpus(folder, str(folder / "tokenizer"), texts), str(folder / "tokenizer")
+
+
+def write_corpus(folder: Path, tokenizer_folder: str, texts: list[str]) -> str:
+    """The data path of a corpus of `texts` under `folder`, in tokens of an existing tokenizer."""
+    from megatron_sip.data.tokenizer import Tokenizer as PolicyTokenizer
+
+    tokenizer = PolicyTokenizer(tokenizer_folder)
     prefix = str(folder / "corpus_text_document")
     writer = IndexedWriter(prefix, np.dtype(np.uint16))
     for text in texts:
         writer.add([*tokenizer.encode(text), tokenizer.eod])
     writer.close()
-    return prefix, str(folder / "tokenizer")
+    return prefix
