@@ -66,7 +66,8 @@ class Endpoint:
     def failed(self, now: float) -> None:
         """Rest after a failure, twice as long after each further one, so that a dead server is asked seldom."""
         self.failures += 1
-        self.rests_until = now + min(FIRST_REST_SECONDS * 2 ** (self.failures - 1), LONGEST_REST_SECONDS)
+        doublings = min(self.failures - 1, 30)  # a float overflows at 1024
+        self.rests_until = now + min(FIRST_REST_SECONDS * 2**doublings, LONGEST_REST_SECONDS)
 
     def worked(self) -> None:
         """An answer came: the server is trusted again at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from megatron_sip.services.toxicity import ClassifierJudge, ToxicityModel, load_
 from megatron_sip.types import Answers, Missing, Pool, Question
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 CHAT_JUDGES = ("quality", "safety", "factuality")
 REWRITING_OBJECTIVES = ("sft-rewrite", "dpo-rewrite-over-rollout")
@@ -128,6 +130,8 @@ class PreferenceServices:
             return
         try:
             loop.submit(self._close()).result(timeout=10)
+        except TimeoutError:
+            logger.warning("the connections to judge and rewriter did not close within 10 s; they end with the process")
         finally:
             loop.close()
 
