@@ -86,13 +86,12 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _distributed_optimizer(config: Config) -> Iterator[str]:
-    import importlib.util
-
     import torch
 
+    from megatron_sip.model.installed import has_apex, has_transformer_engine
+
     # Its checkpoint is wrong with torch's Adam in megatron-core 0.16.1, so the fused Adams are required.
-    fused = [name for name in ("transformer_engine_torch", "amp_C") if importlib.util.find_spec(name)]
-    if not torch.cuda.is_available() or not fused:
+    if not torch.cuda.is_available() or not (has_transformer_engine() or has_apex()):
         yield (
             "--use-distributed-optimizer needs a GPU and the Adam of Transformer Engine or of NVIDIA's apex; "
             "install one of them (README) or leave the flag out"

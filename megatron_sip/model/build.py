@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron_sip.checkpoint.hf_tensors import zero_padded_groups
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.errors import ConfigError
 from megatron_sip.model.attention import SharedPrefixAttention
+from megatron_sip.model.installed import has_transformer_engine
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.model.rotary import inverse_frequencies
 from megatron_sip.parallel.world import World
@@ -58,7 +58,7 @@ def use_transformer_engine(config: ModelConfig) -> bool:
     """
     if config.transformer_impl == "local":
         return False
-    usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
+    usable = torch.cuda.is_available() and has_transformer_engine()
     if config.transformer_impl == "transformer_engine" and not usable:
         raise ConfigError(
             "--transformer-impl transformer_engine: no GPU, or Transformer Engine is not installed; "
