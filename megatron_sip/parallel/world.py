@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -65,13 +66,21 @@ class World:
         return dist.get_process_group_ranks(self.pp_group)[-1]
 
 
+def _free_port() -> int:
+    """A port of this machine, for a run of one process without torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _choose_device(config: Config) -> tuple[torch.device, str]:
     """Device of this rank and the collective backend that goes with it."""
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_size > torch.cuda.device_count():
             raise ConfigError(
-                f"this node runs more ranks than it has GPUs ({torch.cuda.device_count()}); "
+                f"this node runs {local_size} ranks and has {torch.cuda.device_count()} GPUs; "
                 "lower GPUS_PER_NODE (torchrun --nproc-per-node)"
             )
         torch.cuda.set_device(local_rank)
@@ -93,7 +102,7 @@ def start(config: Config) -> World:
 
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     # A device id lets nccl connect at once; gloo takes none.
     device_id = device if backend == "nccl" else None
@@ -104,8 +113,10 @@ def start(config: Config) -> World:
         context_parallel_size=config.parallel.context_parallel_size,
         distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
-    torch.manual_seed(config.training.seed)
-    model_parallel_cuda_manual_seed(config.training.seed)
+    # As in Megatron: stages draw different weights, the ranks of one stage parts of the same.
+    seed = config.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
