@@ -28,6 +28,12 @@ def main_parameter(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter if main is None else main
 
 
+def _whole_value(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The fp32 main value, or the parameter itself where the optimizer shards its main weights."""
+    source = parameter if getattr(parameter, "main_param_sharded", False) else main_parameter(parameter)
+    return source.detach().view(parameter.shape)
+
+
 class ReferencePolicy:
     """Holds, updates and lends the reference weights of one rank.
 
@@ -45,15 +51,14 @@ class ReferencePolicy:
     @staticmethod
     def _host_copy(parameter: torch.nn.Parameter) -> torch.Tensor:
         """fp32 copy in (page-locked, with CUDA) host memory."""
-        source = parameter if getattr(parameter, "main_param_sharded", False) else main_parameter(parameter)
         copy = torch.empty(parameter.shape, dtype=torch.float32, pin_memory=parameter.is_cuda)
-        return copy.copy_(source.detach().view(parameter.shape))
+        return copy.copy_(_whole_value(parameter))
 
     @torch.no_grad()
     def copy_policy(self) -> None:
         """Become the policy as it is now."""
         for name, parameter in self.policy.named_parameters():
-            self.tensors[name].copy_(main_parameter(parameter).detach().view(parameter.shape))
+            self.tensors[name].copy_(_whole_value(parameter))
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
@@ -62,6 +67,8 @@ class ReferencePolicy:
         due = self.optimizer_steps % self.config.reference_update_interval == 0
         if self.config.reference == "frozen" or not due:
             return
+        for parameter in self.policy.parameters():
+            main_parameter(parameter)  # refuses what it could only follow in bf16
         if self.config.reference == "periodic":
             self.copy_policy()
             return
@@ -77,8 +84,10 @@ class ReferencePolicy:
         own = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
-                # On the host in fp32 this is the reference tensor itself: no copy is made.
-                parameter.data = self.tensors[name].to(parameter.device, parameter.dtype, non_blocking=True)
+                # On the host in fp32 this is the reference tensor itself: no copy is made. To a GPU it travels in
+                # fp32 from page-locked memory and is rounded there, which leaves the host free.
+                on_device = self.tensors[name].to(parameter.device, non_blocking=True)
+                parameter.data = on_device.to(parameter.dtype)
             yield
         finally:
             for name, parameter in parameters.items():

@@ -10,8 +10,8 @@ from megatron_sip.model.attention import shared_prefix_attention
 class PrefillCache:
     """Attends over the prefixes and keeps their keys and values.
 
-    `layout` is `[prefixes, 3]` with zero suffix lengths; `layers[n]` holds key and value
-    `[seq, prefixes, kv_heads, dim]`.
+    `layout` is `[prefixes, 3]` with zero suffix lengths; `layers[n]` holds copies of key and value
+    `[prefixes, kv_heads, seq, dim]`: what comes from the layer is a view of the whole fused projection.
     """
 
     def __init__(self, layout: torch.Tensor) -> None:
@@ -22,7 +22,7 @@ class PrefillCache:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Causal attention of each prefix over itself; `[seq, prefixes, heads * dim]`."""
-        self.layers[layer] = (key, value)
+        self.layers[layer] = (key.permute(1, 2, 0, 3).contiguous(), value.permute(1, 2, 0, 3).contiguous())
         return shared_prefix_attention(query, key, value, self.layout, scale)
 
 
@@ -41,16 +41,14 @@ class DecodeCache:
         self.num_rollouts = num_rollouts
         self.step = 0
         lengths = prefill.layout[:, 0]
-        self.prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.prefix = prefill.layers
         self.suffix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         device: torch.device | None = None
         for layer, (key, value) in prefill.layers.items():
-            # [seq, prefixes, kv_heads, dim] -> [prefixes, kv_heads, seq, dim]
-            self.prefix[layer] = (key.permute(1, 2, 0, 3).contiguous(), value.permute(1, 2, 0, 3).contiguous())
-            _, prefixes, kv_heads, dim = key.shape
+            prefixes, kv_heads, width, dim = key.shape
             shape = (prefixes * num_rollouts, kv_heads, max_new_tokens, dim)
             self.suffix[layer] = (key.new_empty(shape), value.new_empty(shape))
-            device, width = key.device, key.shape[0]
+            device = key.device
         beyond = torch.arange(width)[None, :] >= lengths[:, None]
         self.beyond_prefix = beyond.to(device)[:, None, None, :]
 

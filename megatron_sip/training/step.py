@@ -208,7 +208,9 @@ class PolicyTrainer:
     def _gradients_finite(self) -> bool:
         """Whether every rank's reduced gradients are finite; the same answer everywhere."""
         buffers = self.ddp.buffers + self.ddp.expert_parallel_buffers
-        finite = torch.stack([buffer.grad_data.isfinite().all() for buffer in buffers]).all()
+        # The largest magnitude carries any inf and nan along and needs no mask as large as the buffer.
+        largest = [torch.linalg.vector_norm(buffer.grad_data, float("inf")) for buffer in buffers]
+        finite = torch.stack(largest).isfinite().all()
         flag = finite.to("cpu", torch.int64)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.world.control_group)
         return bool(flag)
