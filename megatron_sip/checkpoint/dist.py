@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
@@ -34,6 +34,8 @@ from megatron_sip.training.step import PolicyTrainer
 
 FORMAT_VERSION = 1
 _READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError)
+# Settings of megatron-core's schedule by their names in its state.
+_SCHEDULE = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "start_wd", "end_wd")
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,13 @@ def save(config: Config, world: World, trainer: PolicyTrainer, progress: Progres
         reference_steps=trainer.reference.optimizer_steps if trainer.reference else 0,
         torch_rng=torch.get_rng_state(),
     )
+    failure = None
     try:
         with _stop_signals_held():
             dist_checkpointing.save(state, str(partial), validate_access_integrity=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {partial}: {error}; free space or choose another --save") from error
-    dist.barrier(group=world.control_group)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        failure = f"cannot write {partial}: {first_line(error)}; free space or choose another --save"
+    _agree(world, failure)
     _on_main(world, lambda: _publish(config, partial, final, progress.iteration))
     return final
 
@@ -125,15 +128,22 @@ def _stop_signals_held() -> Iterator[None]:
 
 def _on_main(world: World, action: Any) -> None:
     """Run `action` on the main rank; its failure is raised on all ranks."""
-    error: list[str | None] = [None]
+    failure = None
     if world.is_main:
         try:
             action()
         except OSError as caught:
-            error[0] = f"cannot write the checkpoint: {caught}; check the folder of --save"
-    dist.broadcast_object_list(error, src=0, group=world.control_group)
-    if error[0] is not None:
-        raise CheckpointError(error[0])
+            failure = f"cannot write the checkpoint: {caught}; check the folder of --save"
+    _agree(world, failure)
+
+
+def _agree(world: World, failure: str | None) -> None:
+    """Raise the first failure, by rank, on all ranks alike."""
+    failures: list[str | None] = [None] * world.size
+    dist.all_gather_object(failures, failure, group=world.control_group)
+    first = next((item for item in failures if item is not None), None)
+    if first is not None:
+        raise CheckpointError(first)
 
 
 def _fresh_folder(partial: Path) -> None:
@@ -153,10 +163,12 @@ def _fsync(path: Path) -> None:
 def _publish(config: Config, partial: Path, final: Path, iteration: int) -> None:
     """Flush, rename, and only then name the checkpoint."""
     save_run_config(config, partial / "run_config.yaml")
-    for file in sorted(partial.rglob("*")):
+    for file in (*sorted(partial.rglob("*")), partial):
         _fsync(file)
+    # One of the same iteration stays until the new one is named: a crash in between must not leave nothing.
+    replaced = final.with_name(final.name + ".replaced")
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     partial.rename(final)
     _fsync(final.parent)
     latest = final.parent / LATEST
@@ -165,12 +177,15 @@ def _publish(config: Config, partial: Path, final: Path, iteration: int) -> None
     _fsync(fresh)
     fresh.replace(latest)
     _fsync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
-def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
+def load(root: Path, trainer: PolicyTrainer, say: Callable[[str], None], *, weights_only: bool) -> Progress:
     """Load the newest checkpoint under `root` into the trainer; all ranks call it together.
 
     `weights_only` takes the policy alone (`--finetune`): the optimizer, the schedule and the position start anew.
+    `say` hears of everything that is not simply what the checkpoint holds.
 
     Raises:
         CheckpointError: none is there, it is damaged, or it belongs to a model of another shape.
@@ -181,6 +196,7 @@ def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
     folder = checkpoint_folder(root, iteration)
     wanted = _state(trainer, loading=True, with_training=not weights_only)
     try:
+        _require_known_version(folder)
         absent = set() if weights_only else _absent_parts(folder)
         state = dist_checkpointing.load({key: wanted[key] for key in wanted.keys() - absent}, str(folder))
     except (*_READ_ERRORS, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
@@ -188,36 +204,44 @@ def load(root: Path, trainer: PolicyTrainer, *, weights_only: bool) -> Progress:
             f"--load {folder} does not fit this run: {first_line(error)}; the model flags must be those in its "
             "run_config.yaml, and its files complete"
         ) from error
-    if state.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
-        raise CheckpointError(f"{folder} was written by a newer version of megatron_sip; upgrade to load it")
     trainer.policy.load_state_dict(state["model"], strict=True)
     if weights_only:
         trainer.after_weights_changed()
+        if trainer.reference:
+            say("the reference policy starts as a copy of the policy")
         return Progress(0, 0, {})
     if "optimizer" in absent:
+        say(f"{folder} holds no optimizer state; the optimizer starts anew")
         trainer.after_weights_changed()
     else:
         trainer.optimizer.load_state_dict(state["optimizer"])
-    _load_schedule(trainer, state["scheduler"], folder)
+    _load_schedule(trainer, state["scheduler"], say)
     torch.set_rng_state(state["torch_rng"])
     if trainer.reference:
         if state.get("reference"):
             trainer.reference.load(state["reference"], state["reference_steps"])
         else:
+            say(f"{folder} holds no reference policy; it starts as a copy of the policy")
             trainer.reference.copy_policy()
     return Progress(state["iteration"], state["consumed_samples"], state["stream"])
 
 
-def _load_schedule(trainer: PolicyTrainer, state: dict[str, Any], folder: Path) -> None:
-    """Go on with the saved schedule; megatron-core asserts that its settings are still the same."""
-    try:
-        trainer.scheduler.load_state_dict(state)
-    except AssertionError as error:
+def _require_known_version(folder: Path) -> None:
+    """Refuse a format of later days before its tensors are looked at."""
+    version = dist_checkpointing.load_common_state_dict(str(folder)).get("format_version", FORMAT_VERSION)
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"--load {folder} was trained with another schedule ({first_line(error)}); give --lr, --min-lr, "
-            "--lr-warmup-iters, --lr-decay-iters, --lr-decay-style and --weight-decay as in its run_config.yaml "
-            "(--train-iters is the default of --lr-decay-iters), or start anew from its weights with --finetune"
-        ) from error
+            f"--load {folder} has format {version} of a newer megatron_sip (this one knows {FORMAT_VERSION}); upgrade"
+        )
+
+
+def _load_schedule(trainer: PolicyTrainer, saved: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Take the position from the checkpoint and the schedule from the flags, and say what is not as it was."""
+    now = trainer.scheduler.state_dict()
+    changed = [f"{name} was {saved[name]} and is {now[name]}" for name in _SCHEDULE if saved.get(name) != now[name]]
+    if changed:
+        say("the schedule goes on with other settings: " + ", ".join(changed))
+    trainer.scheduler.load_state_dict(saved)
 
 
 def _absent_parts(folder: Path) -> set[str]:

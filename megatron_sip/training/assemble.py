@@ -173,13 +173,17 @@ def load_checkpoint(
         )
         trainer.after_weights_changed()
         say(f"weights of the Hugging Face Llama {load} loaded")
-    elif dist_checkpoint.latest_iteration(Path(load)) is None and load == config.checkpoint.save:
+    elif dist_checkpoint.latest_iteration(Path(load)) is None and _same_folder(load, config.checkpoint.save):
         say(f"{load} holds no checkpoint yet; starting a new run there")
     else:
         return _resume(config, trainer, stream, say)
     if trainer.reference:
         say("the reference policy starts as a copy of the policy")
     return fresh
+
+
+def _same_folder(one: str, other: str | None) -> bool:
+    return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def _resume(
@@ -189,7 +193,7 @@ def _resume(
     if load is None:
         raise CheckpointError("nothing to resume from; give --load")
     _require_own_model(Path(load), config.model)
-    progress = dist_checkpoint.load(Path(load), trainer, weights_only=config.checkpoint.finetune)
+    progress = dist_checkpoint.load(Path(load), trainer, say, weights_only=config.checkpoint.finetune)
     if config.checkpoint.finetune:
         say(f"weights of {load} loaded; iteration, optimizer and stream start anew (--finetune)")
         return progress

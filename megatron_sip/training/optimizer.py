@@ -73,6 +73,7 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # On resume the flags win and the checkpoint gives the position; what differs is said (checkpoint/dist.py).
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
