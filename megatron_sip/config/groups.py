@@ -267,6 +267,8 @@ class JudgeConfig:
     """Seconds that one call may take in total, retries included."""
     judge_retries: int = 3
     """Retries of a failed call within its deadline."""
+    judge_max_failed_iterations: int = 5
+    """Stop after this many iterations in a row in which every verdict is missing; their samples are not consumed."""
     allow_insecure_judge: bool = False
     """Allow sending a key over plain http to another host."""
     judge_trust_env_proxy: bool = False

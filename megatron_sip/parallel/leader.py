@@ -7,6 +7,7 @@ on one rank is told to all there and raised everywhere with the same words.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
@@ -63,13 +64,17 @@ class Leader:
         """Run `action` on every rank; if it fails on one, all raise that error.
 
         Raises:
-            SipError: the first one, by rank, that any rank met.
+            SipError: the first one, by rank, that any rank met. An error that is no SipError is a fault of ours: its
+                traceback is printed where it happened, and the others hear of it as a SipError.
         """
         error, result = None, None
         try:
             result = action()
         except SipError as caught:
             error = caught
+        except Exception as caught:
+            traceback.print_exc()
+            error = SipError(f"rank {self.world.rank} failed with {type(caught).__name__}: {caught}; see its traceback")
         self._raise_first(error)
         return result  # type: ignore[return-value]
 

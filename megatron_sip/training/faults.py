@@ -31,4 +31,6 @@ class StopSignal:
     @property
     def reason(self) -> str:
         """What asked, for the log."""
-        return self._received.name if self._received else "--exit-duration-in-mins"
+        if self._received:
+            return self._received.name
+        return "--exit-duration-in-mins" if self() else "a signal to another rank"

@@ -14,6 +14,7 @@ from megatron_sip.config.validate import validate
 from megatron_sip.parallel import world as world_module
 from megatron_sip.parallel.leader import Leader, StopRequestedError
 from megatron_sip.parallel.world import World
+from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.training import assemble
 from megatron_sip.training.faults import StopSignal
 from megatron_sip.training.report import Reporter
@@ -29,68 +30,92 @@ def pretrain(config: Config) -> None:
     stop = StopSignal(config.training.exit_duration_in_mins)
     world = world_module.start(config)
     try:
-        Run(config, world, Leader(world, stop), stop).train()
+        run = Run(config, world, Leader(world, stop), stop)
+        try:
+            run.assemble()
+            run.train()
+        finally:
+            run.close()
     finally:
         world_module.stop()
 
 
 class Run:
-    """One run on one rank: what was assembled, where it stands, and the loop over it.
-
-    Every step of the assembly is done by all ranks together, so that what fails on one is told by all.
-    """
+    """One run on one rank: what was assembled, where it stands, and the loop over it."""
 
     def __init__(self, config: Config, world: World, leader: Leader, stop: StopSignal) -> None:
-        together = leader.together
-        self.world, self.leader, self.stop = world, leader, stop
-        self.data = together(lambda: assemble.open_data(config))
-        self.config = together(lambda: assemble.with_model(config, self.data.tokenizer))
+        self.config, self.world, self.leader, self.stop = config, world, leader, stop
+        self.services: PreferenceServices | None = None
+        self.reporter: Reporter | None = None
+
+    def assemble(self) -> None:
+        """Open and build everything; all ranks do each step together, so that what fails on one is told by all."""
+        together, world = self.leader.together, self.world
+        self.data = together(lambda: assemble.open_data(self.config))
+        self.config = together(lambda: assemble.with_model(self.config, self.data.tokenizer))
         together(lambda: validate(self.config, world.size))
-        self.reporter = together(lambda: Reporter(self.config, world))
-        self.reporter.describe(self.config, self.data.stream.skipped())
+        self.reporter = reporter = Reporter(self.config, world)
+        reporter.describe(self.config, self.data.stream.skipped())
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
         self.trainer = together(lambda: assemble.build_trainer(self.config, world))
         self.progress = together(
-            lambda: assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, self.reporter.say)
+            lambda: assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
         )
-        together(lambda: self.reporter.start(self.progress.iteration))
+        together(lambda: reporter.start(self.progress.iteration))
         self.maker = assemble.build_maker(
-            self.config, world, leader, self.data.tokenizer, self.trainer.policy, self.services
+            self.config, world, self.leader, self.data.tokenizer, self.trainer.policy, self.services
         )
 
     def train(self) -> None:
-        """Train to `--train-iters` or until asked to stop, save what is new, and leave nothing running."""
+        """Train to `--train-iters` or until asked to stop, and save what is new."""
+        reporter = self._reporter()
         iteration = started_at = self.progress.iteration
+        upcoming = self.cuts(self.progress.consumed_samples)
         try:
             while iteration < self.config.training.train_iters and not self.leader.any_stop():
-                self.step(iteration)
+                upcoming = self.step(iteration, upcoming)
                 iteration += 1
                 self._advance(iteration)
                 if self._save_is_due(iteration):
-                    self._save()
+                    self._save(reporter)
             if iteration < self.config.training.train_iters:
-                self.reporter.say(f"stopping after iteration {iteration}: {self.stop.reason}")
+                reporter.say(f"stopping after iteration {iteration}: {self.stop.reason}")
         except StopRequestedError:
-            self.reporter.say(f"stopping after iteration {iteration}: the step that waited for judges is discarded")
-        finally:
-            if self.services:
-                self.services.close()
-        if self.config.checkpoint.save and iteration > started_at and self.reporter.last_saved != iteration:
-            self._save()
-        self.reporter.close()
+            reporter.say(f"stopping after iteration {iteration}: the step that waited for judges is discarded")
+        if self.config.checkpoint.save and iteration > started_at and reporter.last_saved != iteration:
+            self._save(reporter)
 
-    def step(self, iteration: int) -> None:
-        """One step of the method: cuts, rollouts, scores, pairs; reference, forward and backward, update."""
+    def step(self, iteration: int, cuts: list[Cut]) -> list[Cut]:
+        """One step of the method: cuts, rollouts, scores, pairs; reference, forward and backward, update.
+
+        Returns:
+            The cuts of the next step, whose rewrites are on their way.
+        """
         started = time.perf_counter()
-        size = self.config.training.global_batch_size
-        cuts = self.cuts(self.progress.consumed_samples)
+        consumed = self.progress.consumed_samples + self.config.training.global_batch_size
         preferences = self.maker.make(cuts, iteration)
-        self.maker.prefetch(self.cuts(self.progress.consumed_samples + size), iteration + 1)
+        upcoming = self.cuts(consumed)
+        if iteration + 1 < self.config.training.train_iters:
+            self.maker.prefetch(upcoming, iteration + 1)
         learning_rate = self.trainer.learning_rate
         result = self.trainer.step(preferences.batch)
-        consumed = self.progress.consumed_samples + size
-        self.reporter.step(iteration + 1, consumed, learning_rate, preferences, result, time.perf_counter() - started)
+        reporter, seconds = self._reporter(), time.perf_counter() - started
+        reporter.step(iteration + 1, consumed, learning_rate, preferences, result, seconds)
+        self.leader.together(reporter.write)
+        return upcoming
+
+    def close(self) -> None:
+        """Leave nothing running and no file open, whatever happened before."""
+        if self.services:
+            self.services.close()
+        if self.reporter:
+            self.reporter.close()
+
+    def _reporter(self) -> Reporter:
+        if self.reporter is None:
+            raise RuntimeError("assemble() comes first")
+        return self.reporter
 
     def cuts(self, consumed_samples: int) -> list[Cut]:
         """This rank's share of the global batch behind `consumed_samples`."""
@@ -107,6 +132,6 @@ class Run:
         interval = self.config.checkpoint.save_interval
         return bool(self.config.checkpoint.save and interval and iteration % interval == 0)
 
-    def _save(self) -> None:
+    def _save(self, reporter: Reporter) -> None:
         folder = dist_checkpoint.save(self.config, self.world, self.trainer, self.progress)
-        self.reporter.saved(self.progress.iteration, folder)
+        reporter.saved(self.progress.iteration, folder)

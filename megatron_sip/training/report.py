@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from megatron_sip.config.groups import Config
 from megatron_sip.config.run_config import to_yaml
@@ -36,6 +40,8 @@ class Reporter:
         self._specs = (*TRAINING, *STEPS, *TIMES) if config.training.objective == "ntp" else metric_specs(judges)
         self._metrics = StepMetrics(self._specs)
         self._skipped_in_a_row = 0
+        self._unjudged_in_a_row = 0
+        self._pending: list[Callable[[], None]] = []
         self._iterations = 0
         self._seconds = 0.0
         self._sinks: Sinks | None = None
@@ -80,22 +86,47 @@ class Reporter:
         result: StepResult,
         seconds: float,
     ) -> None:
-        """Account for one finished iteration (counted from 1).
+        """Account for one finished iteration (counted from 1): all ranks meet here, nothing is written yet.
 
         Raises:
-            SipError: `--max-skipped-iterations` non-finite steps in a row; on all ranks alike.
+            SipError: `--max-skipped-iterations` non-finite steps in a row, or `--judge-max-failed-iterations` without
+                any verdict; on all ranks alike.
         """
+        self._check_stuck(result)
+        self._check_judged(preferences)
         self._iterations += 1
         self._seconds += seconds
         self._metrics.add_all(preferences.metrics)
-        self._metrics.add_all(result.metrics)
+        if result.skipped != "non_finite":  # one nan would hide the mean of a whole interval
+            self._metrics.add_all(result.metrics)
         if self.world.is_main:
             self._add_main(preferences, result)
-            if self._samples:
-                self._samples.log(iteration, preferences.pools, preferences.scores, preferences.pairs)
+        self._gather_samples(iteration, preferences)
         if iteration % self.config.logging.log_interval == 0 or iteration == self.config.training.train_iters:
             self._flush(iteration, consumed_samples, learning_rate)
-        self._check_stuck(result)
+
+    def write(self) -> None:
+        """Hand to files and console what `step` gathered. It meets no other rank, so it may fail on its own."""
+        pending, self._pending = self._pending, []
+        for action in pending:
+            action()
+
+    def _gather_samples(self, iteration: int, preferences: Preferences) -> None:
+        """The pools of all leaders, on the main rank, where samples are logged at all."""
+        interval = self.config.logging.sample_log_interval
+        shown = interval > 0 and iteration % interval == 0
+        if self.config.training.objective == "ntp" or not (shown or self.config.logging.sample_log):
+            return
+        mine = (preferences.pools, preferences.scores, preferences.pairs)
+        parts = [mine] * self.world.size if self.world.is_main else None
+        dist.gather_object(mine, parts, dst=0, group=self.world.control_group)
+        samples = self._samples
+        if parts is None or samples is None:
+            return
+        pools = [pool for part in parts for pool in part[0]]
+        scores = [score for part in parts for score in part[1]]
+        pairs = [pair for part in parts for pair in part[2]]
+        self._pending.append(lambda: samples.log(iteration, pools, scores, pairs))
 
     def _add_main(self, preferences: Preferences, result: StepResult) -> None:
         if result.grad_norm is not None and math.isfinite(result.grad_norm):
@@ -119,7 +150,8 @@ class Reporter:
                 "learning_rate": learning_rate,
                 "global_batch_size": float(size),
             }
-            self._sinks.log(iteration, {**general, **values})
+            sinks = self._sinks
+            self._pending.append(lambda: sinks.log(iteration, {**general, **values}))
         self._metrics.reset()
         self._iterations, self._seconds = 0, 0.0
 
@@ -130,6 +162,20 @@ class Reporter:
             raise SipError(
                 f"{limit} iterations in a row had a non-finite loss or gradient; lower --lr, raise --adam-eps or "
                 "resume from an earlier checkpoint (the limit is --max-skipped-iterations)"
+            )
+
+    def _check_judged(self, preferences: Preferences) -> None:
+        """Stop when the judges have been silent for too long: a run must not go on while it trains on nothing."""
+        own = [preferences.metrics.get(name, (0.0, 0.0))[0] for name in ("judge/asked", "judge/missing")]
+        sums = torch.tensor(own, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.world.control_group)
+        asked, missing = sums.tolist()
+        self._unjudged_in_a_row = self._unjudged_in_a_row + 1 if asked and missing == asked else 0
+        limit = self.config.judge.judge_max_failed_iterations
+        if self._unjudged_in_a_row >= limit:
+            raise SipError(
+                f"no verdict arrived in {limit} iterations in a row; look at the server of --judge-url, then resume "
+                "from the last checkpoint (the limit is --judge-max-failed-iterations)"
             )
 
     def saved(self, iteration: int, folder: Path) -> None:
