@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import Command, Outcome, run_commands
-from fake_server import FakeServer
+from fake_server import FakeServer, status
 from spawn import free_port, torchrun
 from tiny_corpus import documents, make_corpus, make_tokenizer
 from tiny_run import DATA, MODEL, TRAINING
@@ -57,7 +57,7 @@ def make_inputs(root: Path, good: str) -> None:
     preprocess([str(root / "other.jsonl")], str(root / "other"), str(root / "other-tokenizer"))
 
 
-def bad_inputs(root: Path, guarded: FakeServer) -> dict[str, Bad]:
+def bad_inputs(root: Path, guarded: FakeServer, broken: FakeServer) -> dict[str, Bad]:
     """Every bad input by name; each is added to a run that resumes from a checkpoint and would save to it."""
     nobody = f"http://127.0.0.1:{free_port()}/v1"
     key = {"JUDGE_API_KEY": RIGHT_KEY}
@@ -106,8 +106,17 @@ def bad_inputs(root: Path, guarded: FakeServer) -> dict[str, Bad]:
         ),
         "missing-checkpoint": Bad(("--load", f"{root}/nowhere"), ("--load", "nowhere", "does not exist")),
         "misspelt-flag": Bad(("--tensor-model-paralel-size", "2"), ("--tensor-model-parallel-size",)),
+        "judge-without-verdicts": Bad(
+            judged(
+                broken.url,
+                *("--classifier-weight", "0", "--judge-retries", "0", "--judge-max-failed-iterations", "2"),
+                # It makes an iteration before it stops, whose reports are not the saved run's.
+                *("--train-iters", "5", "--metrics-file", f"{root}/silent.jsonl", "--sample-log", f"{root}/silent.txt"),
+            ),
+            ("no verdict arrived in 2 iterations", "--judge-url"),
+        ),
     }
-    assert len(found) == 22
+    assert len(found) == 23
     return found
 
 
@@ -115,7 +124,7 @@ NAMES = (
     "missing-corpus empty-corpus truncated-idx truncated-bin ids-beyond-the-tokenizer corpus-of-another-tokenizer "
     "vocabulary-smaller-than-the-tokenizer missing-tokenizer short-documents judge-that-refuses rewriter-that-refuses "
     "wrong-key no-key unknown-model tp-and-heads wider-model fewer-layers other-heads larger-vocabulary "
-    "ranks-and-layout missing-checkpoint misspelt-flag"
+    "ranks-and-layout missing-checkpoint misspelt-flag judge-without-verdicts"
 ).split()
 
 
@@ -140,8 +149,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     base += ["--tensor-model-parallel-size", "2", "--distributed-timeout-minutes", "1", "--save", str(saved)]
     base += ["--metrics-file", f"{saved}/metrics.jsonl", "--sample-log", f"{saved}/samples.jsonl"]
     resumed = [*base, "--load", str(saved)]
-    with FakeServer(key=RIGHT_KEY) as guarded, FakeServer(max_model_len=170) as short:
-        bad = bad_inputs(root, guarded)
+    with FakeServer(key=RIGHT_KEY) as guarded, FakeServer(max_model_len=170) as short, FakeServer() as broken:
+        broken.fault_every_time = status(500)
+        bad = bad_inputs(root, guarded, broken)
         commands = [Command("good", [*base, "--train-iters", "2"], str(saved))]
         commands += [Command(name, [*resumed, *item.flags], str(saved), item.environment) for name, item in bad.items()]
         # Its own --save, so that what the bad inputs must leave alone stays alone.

@@ -82,6 +82,15 @@ def test_resume_at_another_layout_goes_on(runs: Runs, unbroken: list[dict]) -> N
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
 
 
+def test_resume_with_another_schedule_goes_on_and_says_so(runs: Runs, unbroken: list[dict]) -> None:
+    folder = runs.copy_at("unbroken", "extended", 3)
+    flags = ("--tensor-model-parallel-size", "2", "--load", folder, "--lr-decay-iters", "12")
+    lines = runs("extended", 2, *flags)
+    assert "lr_decay_steps was 6 and is 12" in runs.output
+    assert lines[0]["loss"] == unbroken[3]["loss"]
+    assert lines[0]["learning_rate"] > unbroken[3]["learning_rate"]
+
+
 def test_other_data_settings_refuse_to_resume(runs: Runs, unbroken: list[dict]) -> None:
     folder = runs.copy_at("unbroken", "refused", 3)
     result = torchrun(
