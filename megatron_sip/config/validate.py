@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.presets import require_sizes, with_preset
 from megatron_sip.config.ranges import out_of_range
+from megatron_sip.config.stages import largest_stage
 from megatron_sip.errors import ConfigError
 
 
@@ -124,17 +125,18 @@ def _model(config: Config, model: ModelConfig) -> Iterator[str]:
             f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}; "
             "choose a size that does"
         )
-    if layers is not None and layers % pp:
-        fitting = [str(size) for size in range(1, min(layers, 16) + 1) if layers % size == 0]
+    if layers is not None and layers < pp:
         yield (
-            f"--pipeline-model-parallel-size {pp} does not divide --num-layers {layers}; "
-            f"sizes that do: {', '.join(fitting)}"
+            f"--pipeline-model-parallel-size {pp} is more than --num-layers {layers}, and every stage needs a layer; "
+            f"use {layers} or fewer"
         )
-    elif layers is not None and model.recompute_granularity == "full" and model.recompute_num_layers > layers // pp:
-        yield (
-            f"--recompute-num-layers {model.recompute_num_layers} is more than the {layers // pp} layers of a stage; "
-            "lower it"
-        )
+    elif layers is not None and model.recompute_granularity == "full":
+        fullest = largest_stage(layers, pp)
+        if model.recompute_num_layers > fullest:
+            yield (
+                f"--recompute-num-layers {model.recompute_num_layers} is more than the {fullest} layers of a stage; "
+                "lower it"
+            )
     if model.kv_channels is not None and model.kv_channels % 2:
         yield f"--kv-channels {model.kv_channels} is odd; rotary embeddings turn pairs, so heads need an even width"
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sip.checkpoint.hf_names import llama_shape, padded_query_groups
 from megatron_sip.checkpoint.hf_tensors import zero_padded_groups
 from megatron_sip.config.groups import Config, ModelConfig
+from megatron_sip.config.stages import uneven_ends
 from megatron_sip.errors import ConfigError
 from megatron_sip.model.attention import SharedPrefixAttention
 from megatron_sip.model.installed import has_transformer_engine
@@ -93,8 +94,12 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     heads, groups, head_dim = attention_sizes(model, parallel.tensor_model_parallel_size)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     on_gpu = device.type == "cuda"
+    layers = _given(model.num_layers, "--num-layers")
+    first, last = uneven_ends(layers, parallel.pipeline_model_parallel_size) or (None, None)
     return TransformerConfig(
-        num_layers=_given(model.num_layers, "--num-layers"),
+        num_layers=layers,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
         hidden_size=_given(model.hidden_size, "--hidden-size"),
         ffn_hidden_size=_given(model.ffn_hidden_size, "--ffn-hidden-size"),
         num_attention_heads=heads,

@@ -45,7 +45,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = torchrun(
         2,
         *("-m", "megatron_sip.pretrain", "--data-path", data_path, "--tokenizer-model", tokenizer),
-        *("--tensor-model-parallel-size", "2", "--objective", "ntp", "--seq-length", "64", "--train-iters", "1"),
+        *(
+            "--tensor-model-parallel-size",
+            "2",
+            "--pad-query-groups",
+            "--objective",
+            "ntp",
+            "--seq-length",
+            "64",
+            "--train-iters",
+            "1",
+        ),
         *("--lr", "1e-30", "--load", str(root / "hf"), "--save", str(root / "saved")),
     )
     assert result.returncode == 0, complaint(result)

@@ -24,6 +24,7 @@ LAYOUTS = {
     "PP2": (2, 1, 2, 0, 1),
     "DP2": (2, 1, 1, 0, 4),
     "DP2 with single rows": (2, 1, 1, 0, 1),
+    "PP3 over 4 layers": (3, 1, 3, 0, 2),
     "TP2 x PP2": (4, 2, 2, 0, 2),
     "TP2 x PP2 with sequence parallel": (4, 2, 2, 1, 2),
 }

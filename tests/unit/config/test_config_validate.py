@@ -81,7 +81,7 @@ def test_what_is_allowed(line: str, world_size: int) -> None:
             2,
             ["--tensor-model-parallel-size 2", "--ffn-hidden-size 1023"],
         ),
-        ("--pipeline-model-parallel-size 3", 3, ["--pipeline-model-parallel-size 3", "--num-layers 4", "1, 2, 4"]),
+        ("--pipeline-model-parallel-size 5", 5, ["--pipeline-model-parallel-size 5", "--num-layers 4", "4 or fewer"]),
         ("--kv-channels 47", 1, ["--kv-channels 47", "even"]),
         (
             "--recompute-granularity full --recompute-num-layers 3 --pipeline-model-parallel-size 2",
