@@ -45,8 +45,10 @@ def main() -> None:
     world = world_module.start(config)
     stop = StopSignal(None)
     run = Run(config, world, Leader(world, stop), stop)
+    run.assemble()
     before = attention_weights(run)
     run.train()
+    run.close()
     after = attention_weights(run)
     assert len(after) == 2 * 30
     for name, weight in after.items():
