@@ -6,7 +6,7 @@
 # demo_settings : sizes that fit two cores; QUICK=1 keeps every stage and makes each short.
 demo_settings() {
     if [[ ${QUICK:-0} == 1 ]]; then
-        NTP_STEPS=32 SIP_STEPS=5 SIP_PREFIXES=2 ROLLOUTS=2 JUDGE_INTERVAL=3 REWRITE_INTERVAL=3
+        NTP_STEPS=32 SIP_STEPS=5 SIP_PREFIXES=2 ROLLOUTS=2 JUDGE_INTERVAL=5 REWRITE_INTERVAL=3
         HELD_OUT_PREFIXES=12 UNSAFE_PREFIXES=24 LOSS_TOKENS=10000
         # Some ten thousand tokens do not beat a unigram model; both losses are printed all the same.
         LOSS_CHECK=()
