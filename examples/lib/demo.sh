@@ -170,7 +170,7 @@ self_improve() {
         --pool original rewrite rollout
         --num-rollouts "$ROLLOUTS"
         --likelihood-weight 10
-        --likelihood-interval 2
+        --likelihood-interval 3
         --classifier-weight 1
         --classifier profanity-check
         --quality-weight 1
