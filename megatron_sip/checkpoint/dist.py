@@ -14,7 +14,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, first_line, latest_iteration
+from megatron_sip.checkpoint.progress import Progress, from_state, to_state
 from megatron_sip.config.groups import Config
 from megatron_sip.config.run_config import save_run_config
 from megatron_sip.errors import CheckpointError
@@ -36,15 +37,6 @@ FORMAT_VERSION = 1
 _READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError)
 # Settings of megatron-core's schedule by their names in its state.
 _SCHEDULE = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "start_wd", "end_wd")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. `stream` is the data stream's own description of corpus and position."""
-
-    iteration: int
-    consumed_samples: int
-    stream: dict[str, Any]
 
 
 def _reference_shards(trainer: PolicyTrainer) -> dict[str, Any]:
@@ -93,9 +85,7 @@ def save(config: Config, world: World, trainer: PolicyTrainer, progress: Progres
     state = _state(trainer, loading=False)
     state.update(
         format_version=FORMAT_VERSION,
-        iteration=progress.iteration,
-        consumed_samples=progress.consumed_samples,
-        stream=progress.stream,
+        **to_state(progress),
         scheduler=trainer.scheduler.state_dict(),
         reference_steps=trainer.reference.optimizer_steps if trainer.reference else 0,
         torch_rng=torch.get_rng_state(),
@@ -223,7 +213,7 @@ def load(root: Path, trainer: PolicyTrainer, say: Callable[[str], None], *, weig
         else:
             say(f"{folder} holds no reference policy; it starts as a copy of the policy")
             trainer.reference.copy_policy()
-    return Progress(state["iteration"], state["consumed_samples"], state["stream"])
+    return from_state(state)
 
 
 def _require_known_version(folder: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from megatron_sip.checkpoint import dist as dist_checkpoint
 from megatron_sip.checkpoint.hf import load_hf_weights
 from megatron_sip.checkpoint.hf_config import is_hf_folder, model_config_from_hf, model_differences
-from megatron_sip.checkpoint.latest import checkpoint_folder
+from megatron_sip.checkpoint.latest import checkpoint_folder, latest_iteration
+from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.presets import resolve_model, with_preset
 from megatron_sip.config.run_config import load_run_config
@@ -151,14 +152,14 @@ def build_trainer(config: Config, world: World) -> PolicyTrainer:
 
 def load_checkpoint(
     config: Config, world: World, trainer: PolicyTrainer, stream: Stream, say: Callable[[str], None]
-) -> dist_checkpoint.Progress:
+) -> Progress:
     """Take weights, and with our own checkpoints the whole state, from `--load`.
 
     Raises:
         CheckpointError: nothing is there, or it does not fit.
         DataError: the checkpoint was trained on other data or settings.
     """
-    load, fresh = config.checkpoint.load, dist_checkpoint.Progress(0, 0, {})
+    load, fresh = config.checkpoint.load, Progress(0, 0, {})
     if load is None:
         say("policy initialised from --seed; no --load was given")
     elif is_hf_folder(load):
@@ -173,7 +174,7 @@ def load_checkpoint(
         )
         trainer.after_weights_changed()
         say(f"weights of the Hugging Face Llama {load} loaded")
-    elif dist_checkpoint.latest_iteration(Path(load)) is None and _same_folder(load, config.checkpoint.save):
+    elif latest_iteration(Path(load)) is None and _same_folder(load, config.checkpoint.save):
         say(f"{load} holds no checkpoint yet; starting a new run there")
     else:
         return _resume(config, trainer, stream, say)
@@ -186,9 +187,7 @@ def _same_folder(one: str, other: str | None) -> bool:
     return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
-def _resume(
-    config: Config, trainer: PolicyTrainer, stream: Stream, say: Callable[[str], None]
-) -> dist_checkpoint.Progress:
+def _resume(config: Config, trainer: PolicyTrainer, stream: Stream, say: Callable[[str], None]) -> Progress:
     load = config.checkpoint.load
     if load is None:
         raise CheckpointError("nothing to resume from; give --load")
@@ -208,7 +207,7 @@ def _require_own_model(load: Path, model: ModelConfig) -> None:
     Raises:
         CheckpointError: naming each flag that disagrees with the checkpoint's run_config.yaml.
     """
-    iteration = dist_checkpoint.latest_iteration(load)
+    iteration = latest_iteration(load)
     if iteration is None:
         return  # said by dist_checkpoint.load
     folder = checkpoint_folder(load, iteration)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
+from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.config.groups import Config
 from megatron_sip.config.validate import validate
 from megatron_sip.parallel import world as world_module
@@ -126,7 +127,7 @@ class Run:
     def _advance(self, iteration: int) -> None:
         """Count the samples of a finished step; only here does the stream move."""
         consumed = self.progress.consumed_samples + self.config.training.global_batch_size
-        self.progress = dist_checkpoint.Progress(iteration, consumed, self.data.stream.state_dict(consumed))
+        self.progress = Progress(iteration, consumed, self.data.stream.state_dict(consumed))
 
     def _save_is_due(self, iteration: int) -> bool:
         interval = self.config.checkpoint.save_interval
