@@ -72,7 +72,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="port; 0 picks a free one (default)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu where one is")
-    parser.add_argument("--dtype", default="bfloat16", help="type of weights and activations (default %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="type of weights and activations; auto: float32 on a CPU that cannot multiply bfloat16, else bfloat16",
+    )
     parser.add_argument(
         "--head-dtype",
         default="float32",
@@ -126,13 +130,27 @@ def server_command(args: argparse.Namespace, python: str, device: str, port: int
     # The module, not the `vllm` script: the script fails under the CPU build's distribution name.
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(args.model.resolve()), "--served-model-name", served_name(args)]
-    command += ["--host", args.host, "--port", str(port), "--dtype", args.dtype]
+    dtype = default_dtype(device, cpu_flags()) if args.dtype == "auto" else args.dtype
+    command += ["--host", args.host, "--port", str(port), "--dtype", dtype]
     command += ["--hf-overrides", json.dumps({"head_dtype": args.head_dtype})]
     command += ["--max-model-len", str(args.max_model_len), "--gpu-memory-utilization", str(memory)]
     command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
     if device == "cpu":
         command += ["--enforce-eager"]
     return command + list(args.vllm_flags)
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What this machine's processor can do, as Linux names it; empty where nothing tells."""
+    if not cpuinfo.exists():
+        return set()
+    lines = cpuinfo.read_text().splitlines()
+    return next((set(line.split()) for line in lines if line.lower().startswith(("flags", "features"))), set())
+
+
+def default_dtype(device: str, flags: set[str]) -> str:
+    """bfloat16, but float32 on a CPU without bfloat16 arithmetic, which would emulate it several times slower."""
+    return "bfloat16" if device == "gpu" or flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 
 def served_name(args: argparse.Namespace) -> str:

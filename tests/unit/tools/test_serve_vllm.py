@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import serve_vllm
+
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = ROOT / "tools" / "serve_vllm.py"
 
@@ -194,3 +196,22 @@ def test_wrong_places_are_named(launch: Launch) -> None:
     done = subprocess.run(missing, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "config.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "wanted"),
+    [
+        ("cpu", "fpu avx avx2 avx512f", "float32"),
+        ("cpu", "fpu avx2 avx512f avx512_bf16", "bfloat16"),
+        ("cpu", "fpu amx_bf16", "bfloat16"),
+        ("gpu", "fpu avx2", "bfloat16"),
+    ],
+)
+def test_bfloat16_is_used_only_where_it_is_fast(tmp_path: Path, device: str, flags: str, wanted: str) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: bf16\nflags\t\t: {flags}\n")
+    assert serve_vllm.default_dtype(device, serve_vllm.cpu_flags(cpuinfo)) == wanted
+
+
+def test_a_machine_that_tells_nothing_gets_float32(tmp_path: Path) -> None:
+    assert serve_vllm.default_dtype("cpu", serve_vllm.cpu_flags(tmp_path / "none")) == "float32"
