@@ -26,7 +26,7 @@ from megatron_sip.config.fields import (
     looks_secret,
     nearest,
     settings,
-    without_userinfo,
+    without_secrets,
 )
 from megatron_sip.config.groups import Config
 from megatron_sip.config.yaml_file import YamlEntry, read_entries
@@ -65,7 +65,7 @@ def parse_config(argv: Sequence[str]) -> Config:
             below = _with_file(Path(file), below)
         line = _run_tyro(arguments, below)
     config = Config(**{name: getattr(line, name) for name in group_types()})
-    refuse_userinfo(config)
+    refuse_secrets(config)
     return config
 
 
@@ -79,17 +79,17 @@ def config_from_entries(entries: Sequence[YamlEntry], below: Config | None = Non
     line = _CommandLine(**{item.name: getattr(start, item.name) for item in fields(Config)})
     line = _apply(entries, line)
     config = Config(**{name: getattr(line, name) for name in group_types()})
-    refuse_userinfo(config)
+    refuse_secrets(config)
     return config
 
 
-def refuse_userinfo(config: Config) -> None:
-    """Raise ConfigError where a server's URL carries a name or a password, which would end in every log."""
+def refuse_secrets(config: Config) -> None:
+    """Raise ConfigError where a server's URL carries what may be a key, which would end in every log."""
     for flag, urls in (("--judge-url", config.judge.judge_url), ("--rewriter-url", config.rewriter.rewriter_url)):
         for url in urls:
-            if without_userinfo(url) != url:
-                bare = without_userinfo(url)
-                raise ConfigError(f"{flag} {bare} was given with a user name or password; {SECRET_HELP}")
+            if without_secrets(url) != url:
+                bare = without_secrets(url)
+                raise ConfigError(f"{flag} {bare} was given with a user, password, query or fragment; {SECRET_HELP}")
 
 
 def _with_file(path: Path, below: _CommandLine) -> _CommandLine:

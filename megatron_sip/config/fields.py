@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from megatron_sip.config.groups import Config
 
@@ -83,10 +83,11 @@ def looks_secret(name: str) -> bool:
     return bool(set(name.lower().replace("-", "_").split("_")) & _SECRET_WORDS)
 
 
-def without_userinfo(url: str) -> str:
-    """The URL without `user:password@`."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+def without_secrets(url: str) -> str:
+    """The URL without what may hold a key: `user:password@`, query and fragment. It need not be a sound URL."""
+    bare = re.split(r"[?#]", url, maxsplit=1)[0]
+    scheme, mark, rest = bare.partition("://")
+    if not mark:
+        return bare.rpartition("@")[2]
+    authority, slash, path = rest.partition("/")
+    return scheme + mark + authority.rpartition("@")[2] + slash + path

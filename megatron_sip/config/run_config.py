@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_sip.config.cli import config_from_entries, refuse_userinfo
+from megatron_sip.config.cli import config_from_entries, refuse_secrets
 from megatron_sip.config.fields import settings
 from megatron_sip.config.groups import Config
 from megatron_sip.config.yaml_file import YamlEntry, entries_of, read_entries
@@ -19,9 +19,9 @@ def to_yaml(config: Config) -> str:
     """All settings by group, in the order of `--help`; `--config` reads it. It holds no key: there is no such setting.
 
     Raises:
-        ConfigError: a server's URL with a user name or password in it.
+        ConfigError: a server's URL with a user, password, query or fragment in it.
     """
-    refuse_userinfo(config)
+    refuse_secrets(config)
     plain = {
         group: {name: list(value) if isinstance(value, tuple) else value for name, value in members.items()}
         for group, members in asdict(config).items()
@@ -33,9 +33,9 @@ def to_flags(config: Config) -> list[str]:
     """The command line arguments that give `config`; settings at their defaults are left out.
 
     Raises:
-        ConfigError: a server's URL with a user name or password in it.
+        ConfigError: a server's URL with a user, password, query or fragment in it.
     """
-    refuse_userinfo(config)
+    refuse_secrets(config)
     default = Config()
     arguments: list[str] = []
     for setting in settings().values():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from megatron_sip.config.fields import without_secrets
 from megatron_sip.errors import ConfigError
 
 FIRST_REST_SECONDS = 0.5
@@ -84,22 +85,27 @@ def parse_endpoints(settings: ClientSettings) -> list[Endpoint]:
     """Check the base URLs. ConfigError for one that is no http(s) URL or carries a password or a query."""
     if not settings.urls:
         raise ConfigError(f"no server is given; set {settings.url_flag} to a base URL such as http://127.0.0.1:8100/v1")
-    endpoints = []
-    for url in settings.urls:
+    return [_endpoint(url.strip(), settings) for url in settings.urls]
+
+
+def _endpoint(url: str, settings: ClientSettings) -> Endpoint:
+    """One checked base URL."""
+    if without_secrets(url) != url:
+        raise ConfigError(
+            f"{settings.url_flag} {without_secrets(url)} must hold no user, password, query or fragment; "
+            f"a key goes into the environment variable {settings.key_variables[0]}"
+        )
+    try:
         parts = urlsplit(url)
-        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-            # The URL itself is not shown: it may hold a password.
-            raise ConfigError(
-                f"{settings.url_flag} must hold no user, password, query or fragment; "
-                f"a key goes into the environment variable {settings.key_variables[0]}"
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{settings.url_flag} {url!r} is no http or https URL, such as http://127.0.0.1:8100/v1")
-        base = url.rstrip("/")
-        if not parts.path.rstrip("/"):
-            base += "/v1"
-        endpoints.append(Endpoint(base=base, root=base.removesuffix("/v1")))
-    return endpoints
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that does not close, or a port that is no number
+        usable = False
+    if not usable:
+        raise ConfigError(f"{settings.url_flag} {url!r} is no http or https URL, such as http://127.0.0.1:8100/v1")
+    base = url.rstrip("/")
+    if not parts.path.rstrip("/"):
+        base += "/v1"
+    return Endpoint(base=base, root=base.removesuffix("/v1"))
 
 
 def read_key(settings: ClientSettings, environ: Mapping[str, str] | None = None) -> Secret | None:
@@ -112,7 +118,7 @@ def read_key(settings: ClientSettings, environ: Mapping[str, str] | None = None)
     if name is None:
         return None
     value = variables[name].strip()
-    if not value.isascii() or not value.isprintable() or " " in value:
+    if not value or not value.isascii() or not value.isprintable() or " " in value:
         raise ConfigError(f"the environment variable {name} holds no usable key (one printable ASCII word)")
     for url in settings.urls:
         if urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname) and not settings.allow_insecure:

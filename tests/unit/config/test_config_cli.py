@@ -187,8 +187,13 @@ def test_secrets_are_refused_and_not_repeated(tmp_path: Path, name: str) -> None
         assert "sk-hidden" not in message
 
 
-def test_a_url_with_a_password_is_refused_and_not_repeated() -> None:
-    message = _error(["--judge-url", "http://me:hidden@judge:8100/v1"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:hidden@judge:8100/v1", "http://judge:8100/v1?key=hidden", "http://judge:8100/v1#hidden?a=http://b"],
+)
+def test_a_url_with_what_may_be_a_key_is_refused_and_not_repeated(url: str) -> None:
+    # Also where no judge is asked: the resolved configuration is printed and saved all the same.
+    message = _error(["--objective", "ntp", "--judge-url", url])
     assert "--judge-url http://judge:8100/v1" in message
     assert "hidden" not in message
 

@@ -326,16 +326,21 @@ def test_this_machine_is_no_other_host(host: str) -> None:
     ServiceClient(settings(f"http://{host}:8000/v1"), {"JUDGE_API_KEY": KEY})
 
 
-@pytest.mark.parametrize(
-    "url", ["", "127.0.0.1:8000", "ftp://a/v1", "http://", "http://u:pass-word@a/v1", "http://a/v1?k=pass-word"]
-)
+UNUSABLE_URLS = [
+    *("", "127.0.0.1:8000", "ftp://a/v1", "http://", "http://[::1:8000/v1", "http://a:99999/v1", "http://a:x/v1"),
+    *("http://u:pass-word@a/v1", "u:pass-word@a:8000/v1", "http://a/v1?k=pass-word", "http://a/v1#pass-word"),
+    *("http://a/v1?next=http://pass-word", "http://pass-word@[::1:8000/v1"),
+]
+
+
+@pytest.mark.parametrize("url", UNUSABLE_URLS)
 def test_unusable_urls(url: str) -> None:
     with pytest.raises(ConfigError, match="--judge-url") as error:
         ServiceClient(settings(url), {})
     assert "pass-word" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["two words", "line\nbreak", "caf\u00e9"])
+@pytest.mark.parametrize("key", ["two words", "line\nbreak", "caf\u00e9", "   "])
 def test_unusable_keys(key: str) -> None:
     with pytest.raises(ConfigError, match="JUDGE_API_KEY") as error:
         ServiceClient(settings("http://127.0.0.1:1/v1"), {"JUDGE_API_KEY": key})
