@@ -17,16 +17,22 @@ NO_LOGPROB = -9000.0
 # A text of many braces must not keep the event loop busy.
 MOST_OBJECTS = 100
 
-# A whole line, so that a repetition of both choices is no conclusion; markdown emphasis around it is allowed.
-_CONCLUSION = re.compile(r"^[\s*_#>]*conclusion[\s*_:]+option[\s*_]*(\w+)[\s*_.!]*$", re.IGNORECASE | re.MULTILINE)
-_DECISION = re.compile(r"^[\s*_#>]*decision[\s*_:]+([a-z][a-z ]*?)[\s*_.!]*$", re.IGNORECASE | re.MULTILINE)
+# A whole line, so that a repetition of both choices is no conclusion; markdown emphasis around it is allowed. No two
+# neighbouring parts can match the same character, and runs are not given back (`++`): the time is linear in the text,
+# whatever a model wrote. These run in the event loop, where no deadline could end them.
+_CONCLUSION = re.compile(
+    r"^[ \t*_#>]*+conclusion[\s*_:]++option[\s*_]*+([^\W_]++)[ \t*_.!\r]*+$", re.IGNORECASE | re.MULTILINE
+)
+_DECISION = re.compile(
+    r"^[ \t*_#>]*+decision[\s*_:]++([a-z]++(?: ++[a-z]++)*+)[ \t*_.!\r]*+$", re.IGNORECASE | re.MULTILINE
+)
 
 
 def answer_text(body: Mapping[str, Any]) -> str | Missing:
     """The text of the first choice of a chat or completion answer.
 
     TRUNCATED when the answer was cut by length, whatever it holds; EMPTY when it has no text (a reasoning model
-    that spent its tokens on thinking); MALFORMED when it is no such answer.
+    that spent its tokens on thinking); MALFORMED when it is no such answer, or its text is none that a tokenizer takes.
     """
     choice = first_choice(body)
     if isinstance(choice, Missing):
@@ -42,6 +48,13 @@ def answer_text(body: Mapping[str, Any]) -> str | Missing:
         return Missing(MissingReason.EMPTY, "the answer holds no text")
     if not isinstance(text, str):
         return Missing(MissingReason.MALFORMED, f"the answer's text is a {type(text).__name__}")
+    return _written(text)
+
+
+def _written(text: str) -> str | Missing:
+    """`text` if something stands in it that a tokenizer can take."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        return Missing(MissingReason.MALFORMED, "the answer's text holds half a character (a lone surrogate)")
     return text if text.strip() else Missing(MissingReason.EMPTY, "the answer is blank")
 
 
@@ -93,7 +106,7 @@ def _json_objects(text: str) -> list[dict[str, Any]]:
     at = text.find("{")
     for _ in range(MOST_OBJECTS):
         if at < 0:
-            break
+            return found
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
@@ -102,7 +115,8 @@ def _json_objects(text: str) -> list[dict[str, Any]]:
             if isinstance(value, dict):
                 found.append(value)
         at = text.find("{", end)
-    return found
+    # What is beyond was not looked at, so nobody knows which object is the last.
+    return found if at < 0 else []
 
 
 def label_probabilities(body: Mapping[str, Any], spellings: Mapping[str, Sequence[str]]) -> dict[str, float] | Missing:

@@ -31,6 +31,7 @@ def reason(verdict: object) -> MissingReason | None:
         ("**Conclusion: Option 2.**", 0.0),
         ("conclusion:  OPTION 1 \n\n", 1.0),
         ("Conclusion: option 1\nOn second thought...\nConclusion: option 2", 0.0),
+        ("**Conclusion:**\n\nOption __1__\r\nSo be it.", 1.0),
         ("Option 1 is better.", None),
         ("Conclusion: option 3", None),
         ("Conclusion: option 1 or option 2", None),
@@ -38,6 +39,8 @@ def reason(verdict: object) -> MissingReason | None:
         ('Finish with "Conclusion: option 1" or "Conclusion: option 2".', None),
         ("Conclusion: neither option", None),
         ("Conclusion: option", None),
+        ("Conclusion: option" + 20_000 * "_" + "?", None),
+        (20_000 * "\n" + "x", None),
         ("", None),
     ],
 )
@@ -56,6 +59,9 @@ def test_quality(text: str, expected: float | None) -> None:
         ("It is safe.", None),
         ("Decision: safe or unsafe", None),
         ("Decision: perhaps", None),
+        ("Decision:\n  not  safe  ", 0.0),
+        ("Decision: a" + 200_000 * " " + "?", None),
+        ("Decision: " + 20_000 * "a " + "?", None),
     ],
 )
 def test_safety(text: str, expected: float | None) -> None:
@@ -76,6 +82,7 @@ def test_safety(text: str, expected: float | None) -> None:
         ('{"reasoning": "x", "label": "no halluc', None),
         ("no hallucination", None),
         ("{" * 5000, None),
+        ('{"label": "no hallucination"}' + "{" * 200 + '{"label": "definite hallucination"}', None),
     ],
 )
 def test_factuality(text: str, expected: float | None) -> None:
@@ -92,6 +99,7 @@ def test_factuality(text: str, expected: float | None) -> None:
         (chat_body(""), MissingReason.EMPTY),
         (chat_body(" \n"), MissingReason.EMPTY),
         (chat_body(5), MissingReason.MALFORMED),
+        (chat_body("half \ud83d of a face"), MissingReason.MALFORMED),
         ({"choices": []}, MissingReason.MALFORMED),
         ({"choices": None}, MissingReason.MALFORMED),
         ({"choices": ["x"]}, MissingReason.MALFORMED),
