@@ -102,7 +102,7 @@ def parse_factuality(text: str) -> Verdict:
 def _json_objects(text: str) -> list[dict[str, Any]]:
     """JSON objects in `text`, in order, not those inside others."""
     decoder = json.JSONDecoder()
-    found = []
+    found: list[dict[str, Any]] = []
     at = text.find("{")
     for _ in range(MOST_OBJECTS):
         if at < 0:
