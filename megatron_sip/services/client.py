@@ -23,6 +23,7 @@ from megatron_sip.types import Missing, MissingReason
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 8.0
 CHECK_SECONDS = 20.0
+NOT_IMPLEMENTED = 501
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,27 @@ class ServiceClient:
         if isinstance(answer, Failure):
             raise ServiceError(self._explain(endpoint, answer))
         entry = self._pick_model(endpoint, answer)
-        probe = {"model": entry["id"], "prompt": "a", "add_special_tokens": False}
-        tokens = await self._attempt(endpoint, "POST", "/tokenize", probe, True, seconds)
         length = entry.get("max_model_len")
         root = entry.get("root")
         return ServerInfo(
             model=str(entry["id"]),
             max_model_len=length if isinstance(length, int) and length > 0 else None,
             root=root if isinstance(root, str) else None,
-            has_tokenize=isinstance(tokens, dict) and isinstance(tokens.get("tokens"), list),
+            has_tokenize=await self._has_tokenize(endpoint, str(entry["id"]), seconds),
         )
+
+    async def _has_tokenize(self, endpoint: Endpoint, model: str, seconds: float) -> bool:
+        """Whether /tokenize is there. ServiceError where that cannot be told: it decides how all verdicts are read."""
+        probe = {"model": model, "prompt": "a", "add_special_tokens": False}
+        answer = await self._attempt(endpoint, "POST", "/tokenize", probe, True, seconds)
+        if isinstance(answer, Failure):
+            if answer.server_at_fault and answer.status != NOT_IMPLEMENTED:
+                raise ServiceError(
+                    f"{endpoint.root}/tokenize failed ({answer.missing.detail}), so it is not known how to ask the "
+                    f"server of {self.settings.url_flag}; start again when it is well"
+                )
+            return False
+        return isinstance(answer.get("tokens"), list)
 
     def _pick_model(self, endpoint: Endpoint, answer: dict[str, Any]) -> dict[str, Any]:
         """The entry of the wanted model in the answer of /models."""

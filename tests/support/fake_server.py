@@ -55,6 +55,7 @@ class FakeServer:
         self.script: deque[Handler] = deque()
         self.fault_every_time: Handler | None = None
         self.models_handler: Handler | None = None
+        self.tokens_handler: Handler | None = None
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[dict[str, str]] = []
         self.in_flight = 0
@@ -141,6 +142,8 @@ class FakeServer:
         return "<|end|>".join(turns) + last + opened
 
     async def _tokens(self, request: web.Request) -> web.StreamResponse:
+        if self.tokens_handler is not None:
+            return await self.tokens_handler(request)
         body = await request.json()
         ids, strings = self.encode(self.render(body) if "messages" in body else body["prompt"])
         return web.json_response({"count": len(ids), "tokens": ids, "token_strs": strings})

@@ -244,6 +244,20 @@ def test_check_without_tokenize_or_length() -> None:
         assert check(settings(server.url)) == ServerInfo("fake", None, None, has_tokenize=False)
 
 
+@pytest.mark.parametrize("handler", [status(404), status(401), status(501), respond({"hello": 1})])
+def test_a_server_that_refuses_tokenize_is_used_without(server: FakeServer, handler: Handler) -> None:
+    server.tokens_handler = handler
+    assert not check(settings(server.url)).has_tokenize
+
+
+@pytest.mark.parametrize("handler", [status(503), status(500), hang, reset])
+def test_a_passing_fault_of_tokenize_is_no_lack_of_it(server: FakeServer, handler: Handler) -> None:
+    """Else a busy moment at the start would change how all verdicts of the run are read."""
+    server.tokens_handler = handler
+    with pytest.raises(ServiceError, match=r"/tokenize.*start again"):
+        check(settings(server.url, timeout=0.5))
+
+
 @pytest.mark.parametrize(
     ("models", "wanted", "parts"),
     [
