@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ class ModelServer:
         self.trims = 0
         self._max_context = max_context
         self._info: ServerInfo | None = None
-        self._counts: OrderedDict[str, asyncio.Future[int | None]] = OrderedDict()
+        self._counts: OrderedDict[bytes, asyncio.Future[int | None]] = OrderedDict()  # by digest: texts are long
         self._template_tokens = 64
         self._bos: list[int] = []
 
@@ -110,16 +111,17 @@ class ModelServer:
     async def count(self, text: str) -> int:
         """Tokens of `text`, each text asked once; where /tokenize does not answer, one token for two bytes."""
         if self.info.has_tokenize:
-            known = self._counts.get(text)
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            known = self._counts.get(digest)
             if known is None:
                 known = asyncio.ensure_future(self._ask_count(text))
-                self._counts[text] = known
+                self._counts[digest] = known
                 if len(self._counts) > COUNTS_KEPT:
                     self._counts.popitem(last=False)
             counted = await asyncio.shield(known)
             if counted is not None:
                 return counted
-            self._counts.pop(text, None)
+            self._counts.pop(digest, None)
         return math.ceil(len(text.encode()) / 2)
 
     async def _ask_count(self, text: str) -> int | None:
