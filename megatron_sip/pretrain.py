@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from megatron_sip.config.cli import parse_config
 from megatron_sip.config.validate import validate
 from megatron_sip.errors import ConfigError, SipError
+from megatron_sip.parallel.ending import FAILED, REFUSED, end_now
 
 
 def launched_world_size() -> int:
@@ -28,20 +29,25 @@ def launched_world_size() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, train; returns the exit status. An error that the user can mend is one line, once."""
+    """Parse, check, train; returns the exit status. What the user can mend is one line, once."""
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
         validate(config, launched_world_size())
-        # megatron-core says once an import that Transformer Engine and apex are absent.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-        from megatron_sip.training.loop import pretrain
-
-        pretrain(config)
     except SipError as error:
         # Every rank meets the same error; one message is enough.
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron_sip: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return REFUSED
+    # megatron-core says once an import that Transformer Engine and apex are absent.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    from megatron_sip.training.loop import pretrain
+
+    try:
+        pretrain(config)
+    except SipError:
+        return REFUSED  # told by pretrain, on one rank
+    except BaseException:
+        end_now(FAILED)  # told as well; process groups and libraries are in an unknown state
     return 0
 
 

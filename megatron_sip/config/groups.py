@@ -82,7 +82,10 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Overlap the gradient reduction with the backward pass."""
     distributed_timeout_minutes: int = 10
-    """Time-out of one collective."""
+    """Time-out of one collective; must be longer than every --stage-timeout, which tells more."""
+    stage_timeout: tuple[str, ...] = ("480",)
+    """Seconds that a stage may go on without progress before the run is ended: a number, and STAGE=SECONDS for single
+    ones of assemble, load, data, rollout, rewrite, judge, train, optimizer, report, save."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class TrainingConfig:
     """Stop after this many non-finite steps in a row."""
     exit_duration_in_mins: float | None = None
     """Save and exit after this many minutes."""
+    sigterm_grace: float = 20.0
+    """Seconds that the step under way may still take after SIGTERM; a longer one is discarded."""
     num_threads: int = 1
     """CPU threads of one rank."""
 

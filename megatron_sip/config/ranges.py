@@ -25,7 +25,7 @@ _ABOVE_ZERO = (
     *("init_method_std", "exit_duration_in_mins", "lr", "adam_eps", "beta", "judge_timeout"),
 )
 _AT_LEAST_ZERO = (
-    *("seed", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "temperature", "nll_weight"),
+    *("seed", "min_lr", "sigterm_grace", "lr_warmup_iters", "weight_decay", "clip_grad", "temperature", "nll_weight"),
     *("prefix_ntp_weight", "curriculum_rollout_start", "curriculum_rollout_ramp", "curriculum_bonus"),
     *("curriculum_bonus_iters", "quality_weight", "safety_weight", "factuality_weight", "likelihood_weight"),
     *("classifier_weight", "judge_temperature", "judge_retries", "rewriter_temperature"),

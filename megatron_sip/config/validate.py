@@ -13,6 +13,7 @@ from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.presets import require_sizes, with_preset
 from megatron_sip.config.ranges import out_of_range
 from megatron_sip.config.stages import largest_stage
+from megatron_sip.config.timeouts import stage_timeouts
 from megatron_sip.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def validate(config: Config, world_size: int) -> None:
     if config.checkpoint.load is None:
         require_sizes(model)
     problems = [*_layout(config, world_size), *_model(config, model), *_batch(config, world_size)]
-    problems += [*_schedule(config), *_lengths(config, model), *_folders(config)]
+    problems += [*_schedule(config), *_lengths(config, model), *_folders(config), *_timeouts(config)]
     if config.training.objective != "ntp":
         from megatron_sip.config.validate_preference import preference_problems
 
@@ -205,3 +206,18 @@ def _folders(config: Config) -> Iterator[str]:
         yield f"--load {load} does not exist; name a folder of checkpoints or of a Hugging Face Llama, or leave it out"
     if same and (load / "config.json").is_file() and not (load / "latest_checkpointed_iteration.txt").exists():
         yield f"--save {save} is the Hugging Face folder of --load; checkpoints need a folder of their own"
+
+
+def _timeouts(config: Config) -> Iterator[str]:
+    try:
+        limits = stage_timeouts(config.parallel.stage_timeout)
+    except ConfigError as error:
+        yield str(error)
+        return
+    minutes = config.parallel.distributed_timeout_minutes
+    late = [f"{stage}={seconds:g}" for stage, seconds in limits.items() if seconds >= 60 * minutes]
+    if late:
+        yield (
+            f"--stage-timeout {' '.join(late)} is no less than --distributed-timeout-minutes {minutes}, whose end of a "
+            "collective would hide which rank is at fault; raise --distributed-timeout-minutes or lower the other"
+        )

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sip.errors import SipError
+from megatron_sip.parallel.watch import StageWatch
 from megatron_sip.parallel.world import World
 
 T = TypeVar("T")
@@ -26,18 +27,15 @@ LONGEST_POLL = 2.0
 
 
 class StopRequestedError(Exception):
-    """Raised on all ranks alike when one of them was asked to stop while waiting."""
+    """Raised on all ranks alike: one of them was asked to stop, and the step under way is discarded."""
 
 
 class Leader:
-    """Coordinates one model-parallel group and, over the control group, the world.
+    """Coordinates one model-parallel group and, over the control group, the world."""
 
-    `stop_requested` tells whether this process was asked to stop (a signal, a time limit).
-    """
-
-    def __init__(self, world: World, stop_requested: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, world: World, watch: StageWatch) -> None:
         self.world = world
-        self.stop_requested = stop_requested
+        self.watch = watch
         self._group = self._host_group()
 
     def _host_group(self) -> dist.ProcessGroup:
@@ -93,19 +91,21 @@ class Leader:
 
         Raises:
             SipError: a leader's future failed with it; on all ranks alike.
-            StopRequestedError: a rank was asked to stop.
+            StopRequestedError: a rank was asked to stop, and some still wait.
         """
         poll = 0.02
         while True:
             if future is not None:
                 wait_futures([future], timeout=poll)
             waiting = future is not None and not future.done()
-            state = torch.tensor([int(waiting), int(self.stop_requested())])
+            state = torch.tensor([int(waiting), int(self.watch.stop())])
             dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.world.control_group)
-            if state[1]:
-                raise StopRequestedError
+            # All ranks are here and well, so a long wait is no hang.
+            self.watch.feed()
             if not state[0]:
                 break
+            if state[1]:
+                raise StopRequestedError
             poll = min(2 * poll, LONGEST_POLL)
         return self.together(lambda: None if future is None else future.result())
 
@@ -114,7 +114,3 @@ class Leader:
         state = torch.tensor(int(condition))
         dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.world.control_group)
         return bool(state)
-
-    def any_stop(self) -> bool:
-        """Whether any rank was asked to stop; the same answer everywhere."""
-        return self.any(self.stop_requested())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron_sip.config.groups import Config
 from megatron_sip.errors import ConfigError
 from megatron_sip.parallel import cpu
+from megatron_sip.parallel.meeting import Meeting, meet
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ def _choose_device(config: Config) -> tuple[torch.device, str]:
     return torch.device("cpu"), "gloo"
 
 
-def start(config: Config) -> World:
+def start(config: Config, on_meeting: Callable[[Meeting], None] | None = None) -> World:
     """Join the process groups that `config.parallel` asks for. Settings are validated before this is called.
+
+    `on_meeting` hears of it as soon as the ranks have found each other, if there is more than one.
 
     Raises:
         ConfigError: more ranks than GPUs on this node.
+        SipError: a rank did not come.
     """
-    device, backend = _choose_device(config)
     cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -104,9 +108,15 @@ def start(config: Config) -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    meeting = meet(timeout.total_seconds())
+    if on_meeting and meeting.size > 1:
+        on_meeting(meeting)
+    device, backend = _choose_device(config)
     # A device id lets nccl connect at once; gloo takes none.
     device_id = device if backend == "nccl" else None
-    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    dist.init_process_group(
+        backend, timeout=timeout, device_id=device_id, store=meeting.store, rank=meeting.rank, world_size=meeting.size
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from megatron_sip.rollout.engine import Rollouts, Sampling
 from megatron_sip.rollout.sampling import sample_tokens, uniforms
 from megatron_sip.types import TokenArray
 
+BOUNDARY_TOKENS = 16
+"""Tokens of all rows between two questions whether to go on."""
+
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
@@ -24,13 +27,21 @@ def _round_up(value: int, multiple: int) -> int:
 class MegatronEngine:
     """Decodes on the weights that are trained, so no copy is made and none can be stale.
 
-    `wave` bounds the prefixes that are decoded together (memory); None takes all at once.
+    `wave` bounds the prefixes that are decoded together (memory); None takes all at once. `at_boundary` is called
+    every `BOUNDARY_TOKENS` tokens, equally often on all ranks, and may raise to give the rollouts up.
     """
 
-    def __init__(self, policy: PolicyModel, world: World, wave: int | None = None) -> None:
+    def __init__(
+        self,
+        policy: PolicyModel,
+        world: World,
+        wave: int | None = None,
+        at_boundary: Callable[[], None] = lambda: None,
+    ) -> None:
         self.policy = policy
         self.world = world
         self.wave = wave
+        self.at_boundary = at_boundary
         self.multiple = world.tp_size if policy.config.sequence_parallel else 1
 
     def generate(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
@@ -66,7 +77,12 @@ class MegatronEngine:
         cache = DecodeCache(prefill, k, sampling.max_new_tokens)
         positions = lengths.repeat_interleave(k).to(device)
         ended = torch.zeros(len(draws), dtype=torch.bool, device=device)
+        all_ended = False
         for step in range(sampling.max_new_tokens):
+            if step % BOUNDARY_TOKENS == 0:
+                self.at_boundary()
+            if all_ended:
+                continue  # other data parallel ranks may still write, and meet at the boundaries
             if step:
                 logits = self._decode(tokens[:, step - 1], positions + (step - 1), cache)
             elif logits is not None:
@@ -74,8 +90,7 @@ class MegatronEngine:
             tokens[:, step] = self._pick(logits, draws[:, step], sampling, len(draws)).masked_fill(ended, 0)
             if sampling.stop_at_eod:
                 ended |= tokens[:, step] == sampling.eod
-                if bool(ended.all()):
-                    break
+                all_ended = bool(ended.all())
         return _as_rollouts(tokens.cpu(), k, sampling)
 
     def _prefill(

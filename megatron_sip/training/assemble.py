@@ -26,6 +26,7 @@ from megatron_sip.parallel.leader import Leader
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.megatron import MegatronEngine
 from megatron_sip.services.hub import PreferenceServices
+from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.preferences import BatchMaker, NextTokenMaker, PreferenceMaker
 from megatron_sip.training.step import PolicyTrainer
 from megatron_sip.types import Cut
@@ -134,6 +135,7 @@ def build_maker(
     config: Config,
     world: World,
     leader: Leader,
+    boundaries: Boundaries,
     tokenizer: Tokenizer,
     policy: PolicyModel,
     services: PreferenceServices | None,
@@ -141,8 +143,10 @@ def build_maker(
     """What turns cuts into rows for this objective."""
     if config.training.objective == "ntp":
         return NextTokenMaker(config, world)
-    engine = MegatronEngine(policy, world, config.rollout.rollout_batch_size)
-    return PreferenceMaker(config, world, leader, tokenizer, engine, services)
+    engine = MegatronEngine(
+        policy, world, config.rollout.rollout_batch_size, at_boundary=lambda: boundaries.before("rollout")
+    )
+    return PreferenceMaker(config, world, leader, boundaries, tokenizer, engine, services)
 
 
 def build_trainer(config: Config, world: World) -> PolicyTrainer:

@@ -1,36 +1,81 @@
-"""When a run shall stop: signals and the time limit. Whether it stops is decided by all ranks together."""
+"""Stopping in time: at each boundary of a step all ranks decide alike whether the step is finished or discarded."""
 
 from __future__ import annotations
 
-import signal
-import time
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megatron_sip.config.groups import Config
+from megatron_sip.config.timeouts import stage_timeouts
+from megatron_sip.parallel.leader import StopRequestedError
+from megatron_sip.parallel.signals import StopSignal
+from megatron_sip.parallel.watch import StageWatch
+from megatron_sip.parallel.world import World
+
+_STEP = ("data", "rollout", "rewrite", "judge", "train")
+_WAITS = ("rewrite", "judge")
+_LONG_WAIT = 0.1
+"""A wait for servers is abandoned at once; one that takes no longer than these seconds is none."""
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGINT and watches `--exit-duration-in-mins`.
+def start_watch(config: Config) -> StageWatch:
+    """The watch over the stages of a run and over what may ask it to stop.
 
-    A second signal ends the process at once, as the default handler would.
+    Raises:
+        ConfigError: `--stage-timeout` is wrong.
     """
+    stop = StopSignal(config.training.exit_duration_in_mins)
+    return StageWatch(stage_timeouts(config.parallel.stage_timeout), stop, config.training.sigterm_grace)
 
-    def __init__(self, exit_duration_in_mins: float | None) -> None:
-        limit = exit_duration_in_mins
-        self._deadline = None if limit is None else time.monotonic() + 60 * limit
-        self._received: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
+class Boundaries:
+    """The points of a step where it may be given up; all ranks call the same ones in the same order."""
 
-    def __call__(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self._received is not None or (self._deadline is not None and time.monotonic() > self._deadline)
+    def __init__(self, world: World, watch: StageWatch) -> None:
+        self.world = world
+        self.watch = watch
 
-    @property
-    def reason(self) -> str:
-        """What asked, for the log."""
-        if self._received:
-            return self._received.name
-        return "--exit-duration-in-mins" if self() else "a signal to another rank"
+    def before(self, stage: str) -> None:
+        """Go on with `stage`, or within it if it has begun, unless the step is to be discarded.
+
+        A step that was asked to stop goes on while what remains of it usually fits into what is left of
+        `--sigterm-grace`. Stages that were never seen count nothing, so then the grace itself decides.
+
+        Raises:
+            StopRequestedError: a rank was asked to stop, and the step would take too long; on all ranks alike.
+        """
+        asked, seconds, ahead = self._exchange(self.seconds_ahead(stage))
+        if asked and seconds + ahead > self.watch.grace:
+            raise StopRequestedError
+
+    @contextmanager
+    def stage(self, name: str, iteration: int, samples: tuple[int, int]) -> Iterator[None]:
+        """A stage of the step with the boundary in front of it; arguments as those of `StageWatch.stage`."""
+        self.before(name)
+        with self.watch.stage(name, iteration, samples):
+            yield
+
+    def between_steps(self) -> bool:
+        """Whether any rank was asked to stop; the same answer everywhere."""
+        asked, _, _ = self._exchange(0.0)
+        return asked
+
+    def seconds_ahead(self, stage: str) -> float:
+        """What remains of a step before or within `stage`, by the mean times of the stages; inf with a judge wait."""
+        usual, rest = self.watch.usual_seconds, _STEP[_STEP.index(stage) :] if stage in _STEP else (stage,)
+        if any(name in _WAITS and usual(name) > _LONG_WAIT for name in rest):
+            return float("inf")
+        begun = self.watch.seconds_in_stage if self.watch.place.stage == stage else 0.0
+        return max(0.0, usual(stage) - begun) + sum(usual(name) for name in rest[1:])
+
+    def _exchange(self, ahead: float) -> tuple[bool, float, float]:
+        """Whether any rank was asked to stop, the longest time since, and the longest way ahead."""
+        stop = self.watch.stop
+        state = torch.tensor([float(stop()), stop.seconds, ahead], dtype=torch.float64)
+        dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.world.control_group)
+        self.watch.feed()
+        asked, seconds, longest = state.tolist()
+        return bool(asked), seconds, longest

@@ -7,6 +7,8 @@ then the next cuts. What only plumbing needs is behind a name in its own room.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
 from megatron_sip.checkpoint.progress import Progress
@@ -14,10 +16,11 @@ from megatron_sip.config.groups import Config
 from megatron_sip.config.validate import validate
 from megatron_sip.parallel import world as world_module
 from megatron_sip.parallel.leader import Leader, StopRequestedError
+from megatron_sip.parallel.watch import StageWatch
 from megatron_sip.parallel.world import World
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.training import assemble
-from megatron_sip.training.faults import StopSignal
+from megatron_sip.training.faults import Boundaries, start_watch
 from megatron_sip.training.report import Reporter
 from megatron_sip.types import Cut
 
@@ -25,27 +28,34 @@ from megatron_sip.types import Cut
 def pretrain(config: Config) -> None:
     """Run the training that `config` describes on the ranks that were launched.
 
+    What ends it otherwise than well is printed here, on one rank, and told to the others, before it is raised.
+
     Raises:
         SipError: something that the user can mend, on all ranks alike.
     """
-    stop = StopSignal(config.training.exit_duration_in_mins)
-    world = world_module.start(config)
-    try:
-        run = Run(config, world, Leader(world, stop), stop)
+    with start_watch(config) as watch:
+        run: Run | None = None
         try:
+            run = Run(config, world_module.start(config, watch.join), watch)
             run.assemble()
             run.train()
+        except BaseException as error:
+            watch.tell(error)
+            raise
         finally:
-            run.close()
-    finally:
-        world_module.stop()
+            if run:
+                run.close()
+            if not watch.broken:
+                world_module.stop()
 
 
 class Run:
     """One run on one rank: what was assembled, where it stands, and the loop over it."""
 
-    def __init__(self, config: Config, world: World, leader: Leader, stop: StopSignal) -> None:
-        self.config, self.world, self.leader, self.stop = config, world, leader, stop
+    def __init__(self, config: Config, world: World, watch: StageWatch) -> None:
+        self.config, self.world, self.watch = config, world, watch
+        self.leader = Leader(world, watch)
+        self.boundaries = Boundaries(world, watch)
         self.services: PreferenceServices | None = None
         self.reporter: Reporter | None = None
 
@@ -60,12 +70,13 @@ class Run:
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
         self.trainer = together(lambda: assemble.build_trainer(self.config, world))
-        self.progress = together(
-            lambda: assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
-        )
+        with self.watch.stage("load"):
+            self.progress = together(
+                lambda: assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
+            )
         together(lambda: reporter.start(self.progress.iteration))
         self.maker = assemble.build_maker(
-            self.config, world, self.leader, self.data.tokenizer, self.trainer.policy, self.services
+            self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
         )
 
     def train(self) -> None:
@@ -73,17 +84,20 @@ class Run:
         reporter = self._reporter()
         iteration = started_at = self.progress.iteration
         upcoming = self.cuts(self.progress.consumed_samples)
+        self.watch.begin_steps()
         try:
-            while iteration < self.config.training.train_iters and not self.leader.any_stop():
+            while iteration < self.config.training.train_iters and not self.boundaries.between_steps():
                 upcoming = self.step(iteration, upcoming)
                 iteration += 1
                 self._advance(iteration)
                 if self._save_is_due(iteration):
                     self._save(reporter)
             if iteration < self.config.training.train_iters:
-                reporter.say(f"stopping after iteration {iteration}: {self.stop.reason}")
+                reporter.say(f"stopping after iteration {iteration}: {self.watch.stop.reason}")
         except StopRequestedError:
-            reporter.say(f"stopping after iteration {iteration}: the step that waited for judges is discarded")
+            what = f"{self.watch.stop.reason}; the step in {self.watch.place} is discarded"
+            reporter.say(f"stopping after iteration {iteration}: {what}")
+        self.watch.stop_agreed()
         if self.config.checkpoint.save and iteration > started_at and reporter.last_saved != iteration:
             self._save(reporter)
 
@@ -96,22 +110,33 @@ class Run:
         started = time.perf_counter()
         consumed = self.progress.consumed_samples + self.config.training.global_batch_size
         preferences = self.maker.make(cuts, iteration)
+        samples = cuts[0].sample_index, cuts[-1].sample_index
         upcoming = self.cuts(consumed)
         if iteration + 1 < self.config.training.train_iters:
             self.maker.prefetch(upcoming, iteration + 1)
         learning_rate = self.trainer.learning_rate
-        result = self.trainer.step(preferences.batch)
+        with self.boundaries.stage("train", iteration + 1, samples):
+            result = self.trainer.step(preferences.batch, self._updating)
         reporter, seconds = self._reporter(), time.perf_counter() - started
-        reporter.step(iteration + 1, consumed, learning_rate, preferences, result, seconds)
-        self.leader.together(reporter.write)
+        with self.watch.stage("report", iteration + 1, samples):
+            reporter.step(iteration + 1, consumed, learning_rate, preferences, result, seconds)
+            self.leader.together(reporter.write)
         return upcoming
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        """Around the optimizer's step; until here a step can be discarded."""
+        self.boundaries.before("optimizer")
+        with self.watch.stage("optimizer"):
+            yield
 
     def close(self) -> None:
         """Leave nothing running and no file open, whatever happened before."""
-        if self.services:
-            self.services.close()
-        if self.reporter:
-            self.reporter.close()
+        with self.watch.stage("report"):
+            if self.services:
+                self.services.close()
+            if self.reporter:
+                self.reporter.close()
 
     def _reporter(self) -> Reporter:
         if self.reporter is None:
@@ -120,9 +145,9 @@ class Run:
 
     def cuts(self, consumed_samples: int) -> list[Cut]:
         """This rank's share of the global batch behind `consumed_samples`."""
-        return self.leader.together(
-            lambda: self.data.stream.batch(consumed_samples, self.world.dp_rank, self.world.dp_size)
-        )
+        world = self.world
+        with self.watch.stage("data"):
+            return self.leader.together(lambda: self.data.stream.batch(consumed_samples, world.dp_rank, world.dp_size))
 
     def _advance(self, iteration: int) -> None:
         """Count the samples of a finished step; only here does the stream move."""
@@ -134,5 +159,6 @@ class Run:
         return bool(self.config.checkpoint.save and interval and iteration % interval == 0)
 
     def _save(self, reporter: Reporter) -> None:
-        folder = dist_checkpoint.save(self.config, self.world, self.trainer, self.progress)
+        with self.watch.stage("save", self.progress.iteration):
+            folder = dist_checkpoint.save(self.config, self.world, self.trainer, self.progress)
         reporter.saved(self.progress.iteration, folder)

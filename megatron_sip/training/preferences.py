@@ -25,6 +25,7 @@ from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, pl
 from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
 from megatron_sip.services.hub import PreferenceServices, needs_rewriter
+from megatron_sip.training.faults import Boundaries
 from megatron_sip.types import Answers, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
 
 
@@ -77,6 +78,7 @@ class PreferenceMaker:
         config: Config,
         world: World,
         leader: Leader,
+        boundaries: Boundaries,
         tokenizer: Tokenizer,
         engine: RolloutEngine,
         services: PreferenceServices | None,
@@ -84,6 +86,7 @@ class PreferenceMaker:
         self.config = config
         self.world = world
         self.leader = leader
+        self.boundaries = boundaries
         self.tokenizer = tokenizer
         self.engine = engine
         self.services = services
@@ -107,16 +110,20 @@ class PreferenceMaker:
 
         Raises:
             SipError: a server cannot be used at all; on all ranks alike.
-            StopRequestedError: a rank was asked to stop while judges were awaited.
+            StopRequestedError: a rank was asked to stop, and the step is not finished.
         """
+        stage, where = self.boundaries.stage, (iteration + 1, (cuts[0].sample_index, cuts[-1].sample_index))
         started = time.perf_counter()
-        self.prefetch(cuts, iteration)
-        rollouts = self._write_rollouts(cuts, iteration)
+        with stage("rollout", *where):
+            self.prefetch(cuts, iteration)
+            rollouts = self._write_rollouts(cuts, iteration)
         rolled = time.perf_counter()
-        rewrites = self.leader.wait(self._rewrites.pop(iteration, None))
+        with stage("rewrite", *where):
+            rewrites = self.leader.wait(self._rewrites.pop(iteration, None))
         rewritten = time.perf_counter()
-        pools, absent = self._pools(cuts, rollouts, rewrites)
-        scores = self._score(pools, iteration)
+        with stage("judge", *where):
+            pools, absent = self._pools(cuts, rollouts, rewrites)
+            scores = self._score(pools, iteration)
         pairs = [
             choose(self.config.training.objective, pool, own, self.config.training.seed)
             for pool, own in zip(pools, scores, strict=True)

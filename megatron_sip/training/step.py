@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,12 @@ class PolicyTrainer:
         """The rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self, batch: PreferenceBatch) -> StepResult:
+    def step(
+        self, batch: PreferenceBatch, updating: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> StepResult:
         """Train on this data parallel rank's rows. All ranks call it together, with or without valid rows.
+
+        `updating` is entered around the update; where it raises on all ranks, the step leaves nothing behind.
 
         An update is made only if the global batch has something to train and every gradient is finite;
         otherwise neither optimizer nor schedule nor reference moves (Adam moves on zero gradients).
@@ -90,10 +95,11 @@ class PolicyTrainer:
         metrics = self.forward_backward(batch, reference, counts)
         if not self._gradients_finite():
             return StepResult("non_finite", None, metrics, middle - started, time.perf_counter() - middle)
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=1)
-        if self.reference:
-            self.reference.after_optimizer_step()
+        with updating():
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(increment=1)
+            if self.reference:
+                self.reference.after_optimizer_step()
         norm = None if grad_norm is None else float(grad_norm)
         return StepResult("", norm, metrics, middle - started, time.perf_counter() - middle)
 

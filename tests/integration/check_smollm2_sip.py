@@ -14,8 +14,7 @@ import torch
 from megatron_sip.config.cli import parse_config
 from megatron_sip.config.validate import validate
 from megatron_sip.parallel import world as world_module
-from megatron_sip.parallel.leader import Leader
-from megatron_sip.training.faults import StopSignal
+from megatron_sip.training.faults import start_watch
 from megatron_sip.training.loop import Run
 
 HEAD, HEADS_OF_GROUP = 64, 3
@@ -42,9 +41,9 @@ def halves(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def main() -> None:
     config = parse_config(sys.argv[1:])
     validate(config, 2)
-    world = world_module.start(config)
-    stop = StopSignal(None)
-    run = Run(config, world, Leader(world, stop), stop)
+    watch = start_watch(config)
+    world = world_module.start(config, watch.join)
+    run = Run(config, world, watch)
     run.assemble()
     before = attention_weights(run)
     run.train()
@@ -59,6 +58,7 @@ def main() -> None:
         else:
             assert bool(second.any())
     print(f"rank {world.rank}: {len(after)} projections trained, padding as it should be", flush=True)
+    watch.close()
     world_module.stop()
 
 

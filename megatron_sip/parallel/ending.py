@@ -1,0 +1,71 @@
+"""Ending a process at once, and ending with the process that started it."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+FAILED = 1
+"""An error that is a fault of ours, of a library or of the hardware; or a rank that died."""
+REFUSED = 2
+"""An error that the user can mend."""
+HUNG = 3
+"""A stage made no progress within its `--stage-timeout`."""
+NOT_AGREED = 4
+"""Asked to stop, the ranks did not agree in time; nothing was saved."""
+ORPHANED = 5
+"""The launcher ended, or its store."""
+
+_PR_SET_PDEATHSIG = 1
+_FLUSH_SECONDS = 1.0
+
+
+def say(text: str) -> None:
+    """A line on standard error, past Python's buffers, whose locks another thread may hold."""
+    os.write(2, f"{text}\n".encode(errors="replace"))
+
+
+def end_now(status: int) -> NoReturn:
+    """End this process with `status` from any thread, without waiting for anything, and its helpers with it."""
+    flush = threading.Thread(target=_flush, daemon=True)
+    flush.start()
+    flush.join(_FLUSH_SECONDS)
+    # Processes of megatron-core's checkpoint writer; nothing else would end them.
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def end_with_parent() -> None:
+    """Let Linux end this process when the thread that started it ends; for helper processes of a rank."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def started_at(pid: int) -> str | None:
+    """When a process of this machine started, in the kernel's ticks; None if it is over (or a zombie)."""
+    try:
+        # The second field is the name in brackets, which may hold blanks.
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine is stopped (SIGSTOP, a debugger)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
