@@ -7,6 +7,7 @@ D = number of document bounds u64, lengths int32 [S], byte offsets int64 [S], do
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import uuid
@@ -142,14 +143,29 @@ class IndexedWriter:
         return self._total
 
     def add(self, tokens: npt.ArrayLike) -> None:
-        """Append one document, `[length]` token ids."""
+        """Append one document, `[length]` token ids. DataError where the disk refuses them."""
         array = np.asarray(tokens).astype(self._dtype)
-        self._stream.write(array.tobytes())
+        try:
+            self._stream.write(array.tobytes())
+        except OSError as error:
+            raise self._refused(error) from error
         self._lengths.append(len(array))
         self._total += len(array)
 
+    def _refused(self, error: OSError) -> DataError:
+        return DataError(
+            f"--output-prefix {self.prefix} cannot be written ({error.strerror}); free space or name another folder"
+        )
+
     def close(self) -> None:
-        """Write the index and give both files their names."""
+        """Write the index and give both files their names. DataError, and nothing left, where the disk refuses them."""
+        try:
+            self._finish()
+        except OSError as error:
+            self.discard()
+            raise self._refused(error) from error
+
+    def _finish(self) -> None:
         self._sync(self._stream)
         lengths = np.asarray(self._lengths, dtype=np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
@@ -173,7 +189,8 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove what was written."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # of bytes that the full disk did not take and that nobody wants now
+            self._stream.close()
         self._bin.unlink(missing_ok=True)
         self._idx.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import struct
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def test_we_read_what_megatron_writes_also_documents_of_several_sequences(tmp_pa
     corpus = Corpus([str(tmp_path / "m")], eod=6)
     assert corpus.lengths.tolist() == [4, 1]
     assert corpus.tokens(0, 0, 4).tolist() == [70000, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("documents", "length"), [(1, 4000), (1000, 2)])
+def test_a_full_disk_leaves_nothing(tmp_path, documents, length):
+    """Once the .bin is too long, once the .idx; the limit of a file's size stands in for the disk's."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"--output-prefix .* cannot be written"):
+            write_corpus(tmp_path / "c", [[1] * length] * documents, eod=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_smallest_dtype_is_megatrons():
