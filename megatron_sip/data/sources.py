@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias, cast
 
+from megatron_sip.data.utf8 import has_half_character
 from megatron_sip.errors import DataError
 
 Document: TypeAlias = dict[str, str]
@@ -185,6 +186,8 @@ def _value(record: dict[str, Any], key: str, place: str) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise DataError(f"--json-keys {key}: {place} holds {type(value).__name__}, not text; mend or remove it")
+    if has_half_character(value):
+        raise DataError(f"--json-keys {key}: {place} holds half a character (a lone surrogate); mend or remove it")
     return value
 
 

@@ -1,10 +1,12 @@
-"""Where a byte string stops being whole UTF-8: the one rule behind prefix text, candidate text and cuts."""
+"""Where bytes or text stop being whole characters: the one rule behind prefix text, candidate text and cuts."""
 
 from __future__ import annotations
 
 import codecs
+import re
 
 _LONGEST_CHARACTER = 4
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def split_tail(data: bytes) -> tuple[str, bytes]:
@@ -23,3 +25,8 @@ def strip_continuation(data: bytes) -> bytes:
     while start < min(len(data), _LONGEST_CHARACTER - 1) and data[start] & 0xC0 == 0x80:
         start += 1
     return data[start:]
+
+
+def has_half_character(text: str) -> bool:
+    """Whether `text` holds a lone surrogate (JSON can write one): no UTF-8 spells it and no tokenizer takes it."""
+    return not text.isascii() and _LONE_SURROGATE.search(text) is not None

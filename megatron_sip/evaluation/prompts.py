@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.data.utf8 import has_half_character
 from megatron_sip.errors import DataError
 
 
@@ -66,12 +67,14 @@ def read_texts(file: Path) -> Iterator[str]:
     """
     if not file.is_file():
         raise DataError(f"{file} is not there; `python tools/get_demo_data.py` makes the demo's files")
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))  # bad UTF-8 is a ValueError, too
             except ValueError as error:
-                raise DataError(f"{file}, line {number} is no JSON: {error}") from error
+                raise DataError(f"{file}, line {number} is no JSON in UTF-8: {error}; mend or remove it") from error
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise DataError(f'{file}, line {number} has no "text"')
+                raise DataError(f'{file}, line {number} has no "text"; mend or remove it')
+            if has_half_character(record["text"]):
+                raise DataError(f"{file}, line {number} holds half a character (a lone surrogate); mend or remove it")
             yield record["text"]

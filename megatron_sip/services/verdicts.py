@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_sip.data.utf8 import has_half_character
 from megatron_sip.types import Missing, MissingReason, Verdict
 
 MIN_LABEL_MASS = 0.05
@@ -53,7 +54,7 @@ def answer_text(body: Mapping[str, Any]) -> str | Missing:
 
 def _written(text: str) -> str | Missing:
     """`text` if something stands in it that a tokenizer can take."""
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if has_half_character(text):
         return Missing(MissingReason.MALFORMED, "the answer's text holds half a character (a lone surrogate)")
     return text if text.strip() else Missing(MissingReason.EMPTY, "the answer is blank")
 

@@ -128,6 +128,10 @@ BAD = {
     "not an object": (lambda p: _bad(p, "in.jsonl", b'["a"]\n'), ["line 1 is a JSON list"]),
     "absent key": (lambda p: _bad(p, "in.jsonl", b'{"body": "x", "id": 3}\n'), ["--json-keys text", "body, id"]),
     "not text": (lambda p: _bad(p, "in.jsonl", b'{"text": null}\n'), ["line 1 holds NoneType"]),
+    "half a character": (
+        lambda p: _bad(p, "in.jsonl", _jsonl(TEXTS[:1]) + b'{"text": "a \\ud83d b"}\n'),
+        ["in.jsonl line 2 holds half a character"],
+    ),
     "not utf-8": (lambda p: _bad(p, "in.txt", b"ok\n\xff\xfe\n"), ["in.txt line 2 is not UTF-8"]),
     "not parquet": (lambda p: _bad(p, "in.parquet", b"PAR1 but no more"), ["in.parquet cannot be read as Parquet"]),
     "not gzip": (
@@ -140,7 +144,10 @@ BAD = {
     "bad workers": (lambda p: [*_bad(p, "in.jsonl", _jsonl(TEXTS)), "--workers", "0"], ["--workers 0"]),
     "key of text": (lambda p: [*_bad(p, "in.txt", b"a"), "--json-keys", "body"], ["--json-keys body", "plain text"]),
     "same key twice": (lambda p: [*_bad(p, "in.txt", b"a"), "--json-keys", "text", "text"], ["--json-keys"]),
-    "no tokenizer": (lambda p: [*_bad(p, "in.txt", b"a"), "--tokenizer-model", str(p / "x")], ["--tokenizer-model"]),
+    "no tokenizer": (
+        lambda p: [*_bad(p, "in.txt", b"a"), "--tokenizer-model", str(p / "x")],
+        ["there is no such folder"],
+    ),
 }
 
 
