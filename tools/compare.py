@@ -102,6 +102,7 @@ def write_all(
                 [prefix.tokens for prefix in group],
                 args.suffix_length,
                 tokenizer.eod,
+                vocab_size=tokenizer.vocab_size,
                 batch_size=args.batch_size,
                 tick=steps.add,
             )

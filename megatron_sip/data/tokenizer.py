@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TypeAlias
 
 from megatron_sip.data.pieces import decoder_kind, token_bytes
@@ -97,8 +98,12 @@ class Tokenizer:
         return self.encode(text)
 
     def _bytes(self, tokens: Tokens) -> bytes:
+        return b"".join(map(self._piece, tokens))
+
+    def _piece(self, token: int) -> bytes:
+        """Bytes of one token: none for an id without a token, which a model with a larger vocabulary may write."""
         pieces = self._pieces
-        return b"".join(pieces[int(token)] for token in tokens)
+        return pieces[int(token)] if token < len(pieces) else b""
 
     def _last_bytes(self, tokens: Tokens) -> bytes:
         """Enough bytes from the end of `tokens` to see whether a character is incomplete there."""
@@ -106,7 +111,7 @@ class Tokenizer:
         index = len(tokens)
         while index > 0 and len(data) < 4:
             index -= 1
-            data = self._pieces[int(tokens[index])] + data
+            data = self._piece(tokens[index]) + data
         return data
 
     def decode_bytes(self, tokens: Tokens) -> bytes:
@@ -173,10 +178,12 @@ def _load(path: str):  # type: ignore[no-untyped-def]  # transformers' own class
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a folder it cannot read
-        reason = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        if not Path(path).exists():
+            reason = "there is no such folder, and no such name in the hub's cache"
         raise DataError(
-            f"--tokenizer-model {path} cannot be read as a Hugging Face tokenizer "
-            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}); give a folder with "
+            f"--tokenizer-model {path} cannot be read as a Hugging Face tokenizer ({reason}); give a folder with "
             "tokenizer.json and tokenizer_config.json, such as tools/get_demo_data.py makes"
         ) from error
     if not getattr(tokenizer, "is_fast", False):

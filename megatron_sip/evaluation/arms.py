@@ -73,11 +73,19 @@ def load_policy(folder: Path, vocab_size: int) -> Any:
 
 @torch.inference_mode()
 def write_greedily(
-    model: Any, prefixes: Sequence[Sequence[int]], length: int, eod: int, *, batch_size: int, tick: Tick
+    model: Any,
+    prefixes: Sequence[Sequence[int]],
+    length: int,
+    eod: int,
+    *,
+    vocab_size: int,
+    batch_size: int,
+    tick: Tick,
 ) -> list[list[int]]:
     """The most probable continuation of each prefix, `length` tokens without end-of-document.
 
-    Prefixes of one batch are padded on the left; `tick` hears how many prefixes were done.
+    Ids from `vocab_size` (of the tokenizer) on have no text and are not written. Prefixes of one batch are padded on
+    the left; `tick` hears how many prefixes were done.
     """
     order = sorted(range(len(prefixes)), key=lambda index: len(prefixes[index]))
     written: list[list[int]] = [[] for _ in prefixes]
@@ -89,7 +97,7 @@ def write_greedily(
             max_new_tokens=length,
             min_new_tokens=length,
             do_sample=False,
-            suppress_tokens=[eod],
+            suppress_tokens=[eod, *range(vocab_size, model.config.vocab_size)],
             eos_token_id=None,
             pad_token_id=eod,
         )

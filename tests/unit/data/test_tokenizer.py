@@ -83,6 +83,14 @@ def test_invalid_bytes_of_a_rollout_become_replacement_characters(byte_level):
     assert byte_level.candidate_text([], [*first, *second]) == "\ufffda"
 
 
+def test_an_id_beyond_the_vocabulary_has_no_text(byte_level):
+    """A model may have more rows than the tokenizer has tokens, and a fresh one samples them all."""
+    beyond = byte_level.vocab_size + 7
+    one, two = byte_level.encode("one"), byte_level.encode(" two")
+    assert byte_level.candidate_text([*one, beyond], [beyond, *two, beyond]) == " two"
+    assert byte_level.is_char_boundary([*one, beyond, *two], len(one) + 1)
+
+
 def test_special_token_in_tokens_is_its_own_text(byte_level):
     assert byte_level.decode([*byte_level.encode("a"), byte_level.eod]) == "a" + EOS
 

@@ -32,12 +32,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stepwise(model, prefix: list[int], length: int, eod: int) -> list[int]:
+def stepwise(model, prefix: list[int], length: int, eod: int, vocab_size: int = 64) -> list[int]:
     """Greedy decoding of one row without cache or padding."""
     row = list(prefix)
     for _ in range(length):
         logits = model(torch.tensor([row])).logits[0, -1]
         logits[eod] = -float("inf")
+        logits[vocab_size:] = -float("inf")
         row.append(int(logits.argmax()))
     return row[len(prefix) :]
 
@@ -48,10 +49,15 @@ def test_greedy_rows_of_different_lengths_equal_single_rows(llama: Path) -> None
     prefixes = [[5, 9, 11], [7], [3, 3, 8, 21, 40, 2], [1, 2]]
     eod = stepwise(model, prefixes[0], 1, 63)[0]  # ban what it would say first, so that the ban is seen to work
     done: list[int] = []
-    written = write_greedily(model, prefixes, 6, eod, batch_size=3, tick=done.append)
+    written = write_greedily(model, prefixes, 6, eod, vocab_size=64, batch_size=3, tick=done.append)
     assert written == [stepwise(model, prefix, 6, eod) for prefix in prefixes]
     assert not any(eod in row for row in written)
     assert sum(done) == 4
+    # A tokenizer with fewer tokens than the model has rows: what has no text is not written.
+    highest = max(token for row in written for token in row)
+    written = write_greedily(model, prefixes, 6, 0, vocab_size=highest, batch_size=3, tick=done.append)
+    assert written == [stepwise(model, prefix, 6, 0, highest) for prefix in prefixes]
+    assert max(token for row in written for token in row) < highest
 
 
 @torch.inference_mode()
@@ -124,5 +130,9 @@ def test_too_few_prefixes_and_broken_lines_are_named(tmp_path: Path, tokenizer: 
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n{"words": 1}\n')
     with pytest.raises(DataError, match="line 2"):
         unsafe_prefixes(tmp_path / "d.jsonl", tokenizer, 1, 10)
+    for line in (b'{"text": "\xff"}', b'{"text": "\\ud83d"}'):
+        (tmp_path / "f.jsonl").write_bytes(b'{"text": "x"}\n' + line + b"\n")
+        with pytest.raises(DataError, match=r"f\.jsonl, line 2 .*mend or remove it"):
+            unsafe_prefixes(tmp_path / "f.jsonl", tokenizer, 1, 10)
     with pytest.raises(DataError, match="is not there"):
         unsafe_prefixes(tmp_path / "e.jsonl", tokenizer, 1, 10)
