@@ -1,4 +1,4 @@
-"""Which checkpoint is the newest, and why one cannot be read; without megatron-core, so that small tools can ask too.
+"""Which checkpoint is the newest whole one, and why one cannot be read; without megatron-core, for small tools too.
 
 <save>/iter_0000020/
 <save>/latest_checkpointed_iteration.txt     "20"
@@ -6,13 +6,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_sip.checkpoint.manifest import DamagedError, listed, require_bytes
 from megatron_sip.errors import CheckpointError
 
 LATEST = "latest_checkpointed_iteration.txt"
+_FOLDER = re.compile(r"iter_(\d{7,})")
 
 
 def checkpoint_folder(root: Path, iteration: int) -> Path:
@@ -20,33 +24,114 @@ def checkpoint_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
-def latest_iteration(root: Path) -> int | None:
-    """Iteration of the newest complete checkpoint, or None if `root` holds none.
+def iteration_of(folder: Path) -> int | None:
+    """The iteration that a folder's name tells; None for any other name."""
+    found = _FOLDER.fullmatch(folder.name)
+    return int(found[1]) if found and checkpoint_folder(folder.parent, int(found[1])).name == folder.name else None
+
+
+def named_iteration(root: Path) -> int | None:
+    """The iteration that the latest file names, whether or not its folder is whole; None without that file.
 
     Raises:
-        CheckpointError: the latest file is damaged or names a folder that is not there.
+        CheckpointError: the latest file is damaged.
     """
     file = root / LATEST
     if not file.exists():
         return None
-    text = file.read_text().strip()
-    if not text.isdigit():
+    try:
+        text = file.read_text(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; restore it") from error
+    if not (text.isascii() and text.isdigit()):
         raise CheckpointError(f"{file} holds {text[:40]!r}, not an iteration; write the wanted iteration into it")
-    if not checkpoint_folder(root, int(text)).is_dir():
-        raise CheckpointError(
-            f"{file} names iteration {text}, but {checkpoint_folder(root, int(text))} is missing; "
-            "restore it or write an iteration that is there into the file"
-        )
     return int(text)
 
 
-def first_line(error: BaseException) -> str:
-    """The cause of a failed read or write in one line.
+def latest_iteration(root: Path) -> int | None:
+    """Iteration of the newest named checkpoint, or None if `root` holds none.
 
-    torch wraps what failed on a rank in a CheckpointException (a BaseException) that spells every rank's traceback;
-    the cause is the rank's own error.
+    Raises:
+        CheckpointError: the latest file is damaged or names a folder that is not there.
     """
+    named = named_iteration(root)
+    if named is not None and not checkpoint_folder(root, named).is_dir():
+        raise CheckpointError(
+            f"{root / LATEST} names iteration {named}, but {checkpoint_folder(root, named)} is missing; "
+            "restore it or write an iteration that is there into the file"
+        )
+    return named
+
+
+def candidates(root: Path) -> list[int]:
+    """Iterations that may be loaded, the best first: the named one, then those before it that have a folder.
+
+    Checkpoints beyond the named one are left alone: who wrote an earlier number into the latest file wants that one.
+
+    Raises:
+        CheckpointError: the latest file is damaged.
+    """
+    named = named_iteration(root)
+    if named is None:
+        return []
+    earlier = {found for folder in root.iterdir() if folder.is_dir() and (found := iteration_of(folder)) is not None}
+    return [named, *sorted((iteration for iteration in earlier if iteration < named), reverse=True)]
+
+
+def whole_problem(folder: Path) -> str | None:
+    """Why a checkpoint folder is not whole, by reading all of it; None if it is.
+
+    Raises:
+        CheckpointError: a newer version wrote it, or it would run code.
+    """
+    try:
+        manifest = listed(folder)
+        require_bytes(folder, manifest, manifest.files)
+    except DamagedError as error:
+        return str(error)
+    return None
+
+
+def newest_whole(
+    root: Path,
+    say: Callable[[str], None],
+    problem_of: Callable[[Path], str | None] = whole_problem,
+    iterations: list[int] | None = None,
+) -> int | None:
+    """Iteration of the newest checkpoint that is whole; each damaged one that is passed over is told to `say`.
+
+    problem_of   why a folder is not whole; the ranks of a run pass one that shares the work
+    iterations   `candidates(root)` where it is known
+
+    Returns:
+        None if `root` holds no checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole; a newer version wrote one; or it would run code.
+    """
+    damaged: list[str] = []
+    for iteration in candidates(root) if iterations is None else iterations:
+        folder = checkpoint_folder(root, iteration)
+        problem = problem_of(folder)
+        if problem is None:
+            if damaged:
+                say(f"WARNING: {'; '.join(damaged)}; taking {folder}, the newest whole checkpoint before it")
+            return iteration
+        damaged.append(f"{folder} is damaged: {problem}")
+    if damaged:
+        raise CheckpointError(f"{'; '.join(damaged)}; no whole checkpoint is left under {root}. Restore one of them")
+    return None
+
+
+def cause(error: BaseException) -> BaseException:
+    """The error itself, behind torch's CheckpointException (a BaseException) that wraps what failed on a rank."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """The cause of a failed read or write in one line; a CheckpointException spells every rank's traceback."""
+    error = cause(error)
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

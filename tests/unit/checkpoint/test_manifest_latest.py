@@ -1,0 +1,209 @@
+"""Whole checkpoints, damaged ones, and which of them is taken."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_sip.checkpoint.latest import (
+    LATEST,
+    candidates,
+    checkpoint_folder,
+    iteration_of,
+    latest_iteration,
+    newest_whole,
+    whole_problem,
+)
+from megatron_sip.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    file_entry,
+    read_manifest,
+    share,
+    write_manifest,
+)
+from megatron_sip.errors import CheckpointError
+
+
+def make(root: Path, iteration: int, *, manifest: bool = True) -> Path:
+    """A small checkpoint with all of its files."""
+    folder = checkpoint_folder(root, iteration)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"weight": torch.full((50, 4), float(iteration))}, checkpoint_id=folder, no_dist=True)
+    torch.save({"iteration": iteration}, folder / "common.pt")
+    (folder / "metadata.json").write_text("{}")
+    (folder / "run_config.yaml").write_text("model: {}\n")
+    if manifest:
+        files = {path.name: file_entry(path) for path in folder.iterdir()}
+        write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Checkpoints of iterations 2, 4 and 6; the last one is named."""
+    for iteration in (2, 4, 6):
+        make(tmp_path, iteration)
+    (tmp_path / LATEST).write_text("6\n")
+    return tmp_path
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FILES = ("__0_0.distcp", ".metadata", "common.pt", "metadata.json", "run_config.yaml")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (Path.unlink, "is missing"),
+        (cut, "bytes where it should have"),
+        (grow, "bytes where it should have"),
+        (flip, "has changed since it was written"),
+    ],
+)
+def test_every_harm_to_every_file_is_seen(root: Path, file: str, harm: Callable[[Path], None], says: str) -> None:
+    folder = checkpoint_folder(root, 6)
+    assert whole_problem(folder) is None
+    harm(folder / file)
+    problem = whole_problem(folder)
+    assert problem is not None
+    assert problem.startswith(file)
+    assert says in problem
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 1, "files": {"a": 3}}'])
+def test_a_damaged_manifest_is_no_whole_checkpoint(root: Path, text: str) -> None:
+    (checkpoint_folder(root, 6) / MANIFEST).write_text(text)
+    assert "manifest.json cannot be read" in str(whole_problem(checkpoint_folder(root, 6)))
+
+
+def test_a_manifest_names_files_of_its_folder_alone(root: Path) -> None:
+    manifest = Manifest(FORMAT_VERSION, 6, {"../secret": FileEntry(1, 0)})
+    write_manifest(checkpoint_folder(root, 6), manifest)
+    assert "is no file of the folder" in str(whole_problem(checkpoint_folder(root, 6)))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_without_a_manifest_the_metadata_tell(tmp_path: Path, file: str) -> None:
+    """As written by the first versions."""
+    folder = make(tmp_path, 3, manifest=False)
+    assert whole_problem(folder) is None
+    (folder / file).unlink()
+    assert f"{file} is missing" in str(whole_problem(folder))
+
+
+def test_without_a_manifest_a_short_data_file_is_seen(tmp_path: Path) -> None:
+    folder = make(tmp_path, 3, manifest=False)
+    cut(folder / "__0_0.distcp")
+    assert "__0_0.distcp has" in str(whole_problem(folder))
+
+
+def test_the_newest_whole_one_is_taken_and_the_others_are_named(root: Path) -> None:
+    said: list[str] = []
+    assert newest_whole(root, said.append) == 6
+    assert said == []
+    cut(checkpoint_folder(root, 6) / "common.pt")
+    flip(checkpoint_folder(root, 4) / "__0_0.distcp")
+    assert newest_whole(root, said.append) == 2
+    [warning] = said
+    assert warning.startswith("WARNING: ")
+    for iteration in (6, 4):
+        assert f"{checkpoint_folder(root, iteration)} is damaged" in warning
+    assert f"taking {checkpoint_folder(root, 2)}" in warning
+
+
+def test_a_folder_that_is_gone_is_passed_over(root: Path) -> None:
+    (root / LATEST).write_text("8\n")
+    said: list[str] = []
+    assert newest_whole(root, said.append) == 6
+    assert "iter_0000008 is damaged: the folder is missing" in said[0]
+    with pytest.raises(CheckpointError, match="names iteration 8"):
+        latest_iteration(root)
+
+
+def test_with_none_left_all_are_named(root: Path) -> None:
+    for iteration in (2, 4, 6):
+        (checkpoint_folder(root, iteration) / "common.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"iter_0000006 is damaged.*iter_0000002 is damaged.*no whole checkpoint"):
+        newest_whole(root, print)
+
+
+def test_an_earlier_number_in_the_latest_file_is_obeyed(root: Path) -> None:
+    (root / LATEST).write_text("4\n")
+    assert candidates(root) == [4, 2]
+    (checkpoint_folder(root, 4) / "common.pt").unlink()
+    assert newest_whole(root, lambda _: None) == 2
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path / "nowhere", print) is None
+    assert newest_whole(tmp_path, print) is None
+
+
+def test_a_damaged_latest_file_is_an_error(root: Path) -> None:
+    (root / LATEST).write_text("six\n")
+    with pytest.raises(CheckpointError, match="holds 'six', not an iteration"):
+        newest_whole(root, print)
+
+
+def test_a_newer_format_stops_the_search_and_changes_nothing(root: Path) -> None:
+    path = checkpoint_folder(root, 6) / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}))
+    before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    with pytest.raises(CheckpointError, match="of a newer megatron_sip"):
+        newest_whole(root, print)
+    assert {file: file.read_bytes() for file in root.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "iteration"),
+    [
+        ("iter_0000006", 6),
+        ("iter_12345678", 12345678),
+        ("iter_00000006", None),
+        ("iter_6", None),
+        ("iter_0000006.incomplete", None),
+        ("iter_0000006.replaced", None),
+        ("audit.jsonl", None),
+    ],
+)
+def test_names_of_folders(name: str, iteration: int | None) -> None:
+    assert iteration_of(Path("save") / name) == iteration
+
+
+def test_the_ranks_share_all_files() -> None:
+    files = {f"__{rank}_0.distcp": FileEntry(100 + rank, 0) for rank in range(7)}
+    manifest = Manifest(FORMAT_VERSION, 1, files | {".metadata": FileEntry(5, 0)})
+    shares = [list(share(manifest, rank, 3)) for rank in range(3)]
+    assert sorted(name for names in shares for name in names) == sorted(manifest.files)
+    loads = [sum(manifest.files[name].size for name in names) for names in shares]
+    assert max(loads) - min(loads) <= 106
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    manifest = Manifest(FORMAT_VERSION, 9, {"a": FileEntry(3, 0xBADCAFE), "b": FileEntry(0, 0)})
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
