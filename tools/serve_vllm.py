@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,10 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.ports import free_port, is_free
 
 ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1
@@ -38,13 +41,14 @@ def main(argv: list[str] | None = None) -> int:
         python = judge_python(args.judge_venv)
         if not (args.model / "config.json").is_file():
             raise RuntimeError(f"--model {args.model} is no model folder: it holds no config.json")
-    except RuntimeError as error:
-        print(f"serve_vllm: {error}", file=sys.stderr)
+        port = choose_port(args.host, args.port)
+        make_folders(args)
+        log = args.log_file.open("ab") if args.log_file else None
+    except (RuntimeError, OSError) as error:
+        say(str(error))
         return 2
     stopper = Stopper(die_with_parent=not args.outlive_parent)
     device = args.device if args.device != "auto" else ("gpu" if has_gpu() else "cpu")
-    port = args.port or free_port(args.host)
-    log = args.log_file.open("ab") if args.log_file else None
     server = subprocess.Popen(
         server_command(args, python, device, port),
         env=server_environment(device, args.threads, args.kv_cache_gib),
@@ -109,19 +113,36 @@ def judge_python(venv: Path | None) -> str:
     return str(python)
 
 
+def choose_port(host: str, wanted: int) -> int:
+    """The wanted port, or a free one for 0; RuntimeError where the server could not listen there.
+
+    Without this look, whoever listens there already would answer /health and be announced as our server.
+    """
+    if wanted == 0:
+        try:
+            return free_port(host)
+        except OSError as error:
+            raise RuntimeError(f"--host {host} is no address of this machine ({error})") from error
+    if not is_free(host, wanted):
+        raise RuntimeError(f"--port {wanted} of --host {host} is in use, or not ours to use; give another, or 0")
+    return wanted
+
+
+def make_folders(args: argparse.Namespace) -> None:
+    """The folders of the log and of the ready file, and no ready file of an earlier server."""
+    for file in (args.log_file, args.ready_file):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    if args.ready_file is not None:
+        args.ready_file.unlink(missing_ok=True)
+
+
 def has_gpu() -> bool:
     """Whether the driver lists a card (a bare nvidia-smi binary is not one)."""
     if shutil.which("nvidia-smi") is None:
         return False
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return listing.returncode == 0 and "GPU" in listing.stdout
-
-
-def free_port(host: str) -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def server_command(args: argparse.Namespace, python: str, device: str, port: int) -> list[str]:
@@ -164,7 +185,7 @@ def server_environment(device: str, threads: int, kv_cache_gib: int) -> dict[str
     env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     key = env.pop("JUDGE_API_KEY", None)
     if key:
-        env.setdefault("VLLM_API_KEY", key)
+        env.setdefault("VLLM_API_KEY", key.strip())  # as the client sends it
     if device == "cpu":
         env.update(VLLM_HOST_IP="127.0.0.1", VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib))
         # "nobind" makes vLLM honour OMP_NUM_THREADS; its own binding would take every core.

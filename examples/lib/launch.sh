@@ -47,10 +47,8 @@ load_args() {
     fi
 }
 
-# free_port : a port of this machine that nobody listens on.
-free_port() {
-    "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-}
+# free_port : a port of this machine that nobody listens on and no outgoing connection is given.
+free_port() { "$PYTHON" -c 'from megatron_sip.ports import free_port; print(free_port())'; }
 
 # has_gpu : a driver that lists a card; a bare nvidia-smi binary is not one.
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from megatron_sip.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, below those that the system gives to outgoing connections.
-
-    One of those could be taken in the seconds until a launch listens on it.
-    """
-    draw = random.SystemRandom()
-    while True:
-        port = draw.randrange(15000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def worker_environment(**environment: str) -> dict[str, str]:

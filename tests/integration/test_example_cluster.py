@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from spawn import free_port
 from tiny_corpus import make_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,12 +20,6 @@ SMALL = (
     "--seq-length 64 --suffix-length 16 --min-prefix-length 8 --global-batch-size 4 --micro-batch-size 1 "
     "--num-rollouts 3"
 ).split()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -185,6 +187,41 @@ def test_a_server_that_dies_later_is_noticed(launch: Launch) -> None:
     os.kill(launch.pids()[0], signal.SIGKILL)
     assert process.wait(30) == 1
     assert not any(alive(pid) for pid in launch.pids())
+
+
+def test_a_port_that_somebody_has_is_refused(launch: Launch) -> None:
+    """That somebody may well answer /health, and would be taken for the server that was asked for."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].sendall(answer), daemon=True).start()
+        process = launch.start("--port", str(other.getsockname()[1]))
+        announced, errors = process.communicate(timeout=30)
+    assert (announced, process.returncode) == ("", 2)
+    assert "--port" in errors
+    assert "is in use" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--host", "192.0.2.1"], "--host 192.0.2.1 is no address of this machine"),
+        (["--log-file", "/proc/none/log"], "/proc/none"),
+    ],
+)
+def test_places_that_cannot_be_used_are_named(launch: Launch, flags: list[str], part: str) -> None:
+    process = launch.start(*flags)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert part in errors
+    assert "Traceback" not in errors
+    assert not launch.note.exists()
+
+
+def test_folders_of_log_and_ready_file_are_made(launch: Launch) -> None:
+    launch.ready = launch.folder / "new" / "ready"
+    process = launch.start("--log-file", str(launch.folder / "logs" / "judge.log"))
+    assert first_line(process)
+    wait_until(launch.ready.exists)
 
 
 def test_wrong_places_are_named(launch: Launch) -> None:
