@@ -306,6 +306,12 @@ class CheckpointConfig:
     """Folder of our checkpoints (resumes) or of a Hugging Face Llama (starts from its weights)."""
     save_interval: int | None = None
     """Iterations between checkpoints; one is always written at the end."""
+    async_save: bool = False
+    """Write checkpoints while the next steps are trained; a copy of the state waits in host memory."""
+    keep_last_n: int | None = None
+    """Delete checkpoints but for the newest so many; default keeps all."""
+    save_retain_interval: int | None = None
+    """Keep besides those whose iteration is a multiple of this; alone, with the newest one, and delete the others."""
     ckpt_format: Literal["torch_dist"] = "torch_dist"
     """Checkpoint format."""
     finetune: bool = False

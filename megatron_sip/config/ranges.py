@@ -19,6 +19,7 @@ _AT_LEAST_ONE = (
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
     *("judge_votes", "judge_max_tokens", "judge_max_failed_iterations"),
     *("judge_concurrency", "rewrite_interval", "save_interval", "log_interval", "sample_log_interval"),
+    *("keep_last_n", "save_retain_interval"),
 )
 _ABOVE_ZERO = (
     *("rotary_base", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "norm_epsilon"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sip.config.groups import Config, ModelConfig
+from megatron_sip.config.groups import CheckpointConfig, Config, ModelConfig
 from megatron_sip.config.presets import require_sizes, with_preset
 from megatron_sip.config.ranges import out_of_range
 from megatron_sip.config.stages import largest_stage
@@ -196,6 +196,7 @@ def _folders(config: Config) -> Iterator[str]:
         yield "--tokenizer-model is missing; name the folder with the tokenizer of the policy"
     if checkpoint.save is None and checkpoint.save_interval is not None:
         yield "--save-interval is given without --save; name the folder for checkpoints"
+    yield from _retention(checkpoint)
     if checkpoint.load is None:
         if checkpoint.finetune:
             yield "--finetune is given without --load; name the folder whose weights it starts from"
@@ -206,6 +207,23 @@ def _folders(config: Config) -> Iterator[str]:
         yield f"--load {load} does not exist; name a folder of checkpoints or of a Hugging Face Llama, or leave it out"
     if same and (load / "config.json").is_file() and not (load / "latest_checkpointed_iteration.txt").exists():
         yield f"--save {save} is the Hugging Face folder of --load; checkpoints need a folder of their own"
+
+
+def _retention(checkpoint: CheckpointConfig) -> Iterator[str]:
+    given = {
+        "--async-save": checkpoint.async_save,
+        "--keep-last-n": checkpoint.keep_last_n,
+        "--save-retain-interval": checkpoint.save_retain_interval,
+    }
+    for flag, value in given.items():
+        if checkpoint.save is None and value:
+            yield f"{flag} is given without --save; name the folder for checkpoints"
+    interval, retained = checkpoint.save_interval, checkpoint.save_retain_interval
+    if interval and retained and retained % interval:
+        yield (
+            f"--save-retain-interval {retained} is no multiple of --save-interval {interval}, so hardly a checkpoint "
+            f"would be retained; make it one, such as {-(-retained // interval) * interval}"
+        )
 
 
 def _timeouts(config: Config) -> Iterator[str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
+from megatron_sip.checkpoint.choose import choose
 from megatron_sip.checkpoint.hf import load_hf_weights
 from megatron_sip.checkpoint.hf_config import is_hf_folder, model_config_from_hf, model_differences
-from megatron_sip.checkpoint.latest import checkpoint_folder, latest_iteration
+from megatron_sip.checkpoint.latest import LATEST
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.presets import resolve_model, with_preset
@@ -178,10 +179,12 @@ def load_checkpoint(
         )
         trainer.after_weights_changed()
         say(f"weights of the Hugging Face Llama {load} loaded")
-    elif latest_iteration(Path(load)) is None and _same_folder(load, config.checkpoint.save):
+    elif (folder := choose(Path(load), world, say)) is not None:
+        return _resume(config, folder, world, trainer, stream, say)
+    elif _same_folder(load, config.checkpoint.save):
         say(f"{load} holds no checkpoint yet; starting a new run there")
     else:
-        return _resume(config, trainer, stream, say)
+        raise CheckpointError(f"--load {load}: no {LATEST} there; name a folder that --save wrote")
     if trainer.reference:
         say("the reference policy starts as a copy of the policy")
     return fresh
@@ -191,12 +194,12 @@ def _same_folder(one: str, other: str | None) -> bool:
     return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
-def _resume(config: Config, trainer: PolicyTrainer, stream: Stream, say: Callable[[str], None]) -> Progress:
+def _resume(
+    config: Config, folder: Path, world: World, trainer: PolicyTrainer, stream: Stream, say: Callable[[str], None]
+) -> Progress:
     load = config.checkpoint.load
-    if load is None:
-        raise CheckpointError("nothing to resume from; give --load")
-    _require_own_model(Path(load), config.model)
-    progress = dist_checkpoint.load(Path(load), trainer, say, weights_only=config.checkpoint.finetune)
+    _require_own_model(folder, config.model)
+    progress = dist_checkpoint.load(folder, world, trainer, say, weights_only=config.checkpoint.finetune)
     if config.checkpoint.finetune:
         say(f"weights of {load} loaded; iteration, optimizer and stream start anew (--finetune)")
         return progress
@@ -205,16 +208,12 @@ def _resume(config: Config, trainer: PolicyTrainer, stream: Stream, say: Callabl
     return progress
 
 
-def _require_own_model(load: Path, model: ModelConfig) -> None:
+def _require_own_model(folder: Path, model: ModelConfig) -> None:
     """Refuse our own checkpoint of another architecture, also where its tensors happen to have the same shapes.
 
     Raises:
         CheckpointError: naming each flag that disagrees with the checkpoint's run_config.yaml.
     """
-    iteration = latest_iteration(load)
-    if iteration is None:
-        return  # said by dist_checkpoint.load
-    folder = checkpoint_folder(load, iteration)
     file = folder / "run_config.yaml"
     if not file.is_file():
         raise CheckpointError(f"--load {folder} has no {file.name}, so it is no whole checkpoint; name another")

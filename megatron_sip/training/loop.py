@@ -7,11 +7,11 @@ then the next cuts. What only plumbing needs is behind a name in its own room.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron_sip.checkpoint import dist as dist_checkpoint
 from megatron_sip.checkpoint.progress import Progress
+from megatron_sip.checkpoint.writer import CheckpointWriter
 from megatron_sip.config.groups import Config
 from megatron_sip.config.validate import validate
 from megatron_sip.parallel import world as world_module
@@ -67,6 +67,8 @@ class Run:
         together(lambda: validate(self.config, world.size))
         self.reporter = reporter = Reporter(self.config, world)
         reporter.describe(self.config, self.data.stream.skipped())
+        self.writer = CheckpointWriter(self.config, world, reporter.say)
+        self.writer.prepare()
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
         self.trainer = together(lambda: assemble.build_trainer(self.config, world))
@@ -90,16 +92,18 @@ class Run:
                 upcoming = self.step(iteration, upcoming)
                 iteration += 1
                 self._advance(iteration)
+                self._follow(self.writer.poll)
                 if self._save_is_due(iteration):
-                    self._save(reporter)
+                    self._save()
             if iteration < self.config.training.train_iters:
                 reporter.say(f"stopping after iteration {iteration}: {self.watch.stop.reason}")
         except StopRequestedError:
             what = f"{self.watch.stop.reason}; the step in {self.watch.place} is discarded"
             reporter.say(f"stopping after iteration {iteration}: {what}")
         self.watch.stop_agreed()
-        if self.config.checkpoint.save and iteration > started_at and reporter.last_saved != iteration:
-            self._save(reporter)
+        if self.config.checkpoint.save and iteration > started_at and self.writer.last_begun != iteration:
+            self._save()
+        self._follow(self.writer.finish)
 
     def step(self, iteration: int, cuts: list[Cut]) -> list[Cut]:
         """One step of the method: cuts, rollouts, scores, pairs; reference, forward and backward, update.
@@ -158,7 +162,10 @@ class Run:
         interval = self.config.checkpoint.save_interval
         return bool(self.config.checkpoint.save and interval and iteration % interval == 0)
 
-    def _save(self, reporter: Reporter) -> None:
+    def _save(self) -> None:
+        self._follow(lambda: self.writer.save(self.trainer, self.progress))
+
+    def _follow(self, writing: Callable[[], object]) -> None:
+        """Let the writer go on."""
         with self.watch.stage("save", self.progress.iteration):
-            folder = dist_checkpoint.save(self.config, self.world, self.trainer, self.progress)
-        reporter.saved(self.progress.iteration, folder)
+            writing()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,7 +33,6 @@ class Reporter:
     def __init__(self, config: Config, world: World) -> None:
         self.config = config
         self.world = world
-        self.last_saved: int | None = None
         judges = [spec.name for spec in judge_specs(config)]
         # A run without pairs does not report on pairs.
         self._specs = (*TRAINING, *STEPS, *TIMES) if config.training.objective == "ntp" else metric_specs(judges)
@@ -177,11 +175,6 @@ class Reporter:
                 f"no verdict arrived in {limit} iterations in a row; look at the server of --judge-url, then resume "
                 "from the last checkpoint (the limit is --judge-max-failed-iterations)"
             )
-
-    def saved(self, iteration: int, folder: Path) -> None:
-        """A checkpoint was written."""
-        self.last_saved = iteration
-        self.say(f"checkpoint of iteration {iteration} saved to {folder}")
 
     def close(self) -> None:
         """Flush and close the sinks."""
