@@ -32,7 +32,11 @@ demo_settings() {
 keep_settings() {
     local now="steps $NTP_STEPS+$SIP_STEPS, prefixes $SIP_PREFIXES, K $ROLLOUTS, TP $TP, data $DATA_DIR, flags $*"
     local file=$RUN_DIR/settings
-    [[ ${FRESH:-0} != 1 ]] || rm -rf "$RUN_DIR"
+    if [[ ${FRESH:-0} == 1 && -e $RUN_DIR ]]; then
+        [[ -f $file ]] ||
+            die "FRESH=1 would delete $RUN_DIR, which this script did not make; remove it or choose another RUN_DIR"
+        rm -rf "$RUN_DIR"
+    fi
     mkdir -p "$RUN_DIR/stages" "$RUN_DIR/logs"
     if [[ -f $file && $(<"$file") != "$now" ]]; then
         die "$RUN_DIR was made with other settings ($(<"$file")); say FRESH=1 to start anew or choose another RUN_DIR"
@@ -158,6 +162,7 @@ need_judge() {
         read -ra words <<<"$REWRITER_URL"
         REWRITER_ARGS=(--rewriter-url "${words[@]}")
     fi
+    [[ -z ${REWRITER_MODEL:-} ]] || REWRITER_ARGS+=(--rewriter-model "$REWRITER_MODEL")
 }
 
 # self_improve UNTIL : SIP up to step UNTIL; the schedule is that of the whole run.

@@ -58,6 +58,8 @@ on_exit() {
     local status=$?
     trap '' INT TERM HUP
     trap - EXIT
+    # A signal may fall between the start of a process and the line that notes it.
+    mapfile -t -O "${#STARTED[@]}" STARTED < <(jobs -pr)
     if ((${#STARTED[@]})); then
         ((status == 0)) || warn "stopping what was started"
         end_all "${STARTED[@]}"

@@ -81,3 +81,28 @@ def test_an_interrupt_ends_even_what_sits_in_a_session_of_its_own_and_ignores_be
     assert f"{child}" in err  # it had to be forced, and that is said
     assert not alive(parent)
     assert not alive(child)
+
+
+def test_a_process_that_was_not_noted_yet_is_ended_too(tmp_path: Path) -> None:
+    """The signal falls between a start and the line that notes it."""
+    script = start("setsid sleep 600 &\necho $! >child\nwait", tmp_path)
+    child = wait_for(tmp_path / "child")
+    script.terminate()
+    script.communicate(timeout=30)
+    assert script.returncode == 143
+    assert not alive(child)
+
+
+def test_fresh_deletes_no_folder_that_the_script_did_not_make(tmp_path: Path) -> None:
+    demo = f"source {LIBRARY.with_name('demo.sh')}\nNTP_STEPS=1 SIP_STEPS=1 SIP_PREFIXES=1 ROLLOUTS=1 TP=1 DATA_DIR=d"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    script = start(f"{demo}\nFRESH=1 RUN_DIR=mine keep_settings", tmp_path)
+    _, err = script.communicate(timeout=30)
+    assert script.returncode == 1
+    assert "mine, which this script did not make" in err
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    again = f"RUN_DIR=own\nkeep_settings\ntouch own/old\nFRESH=1 keep_settings\n[[ ! -e own/old && -d own/stages ]]"
+    script = start(f"{demo}\n{again}", tmp_path)
+    _, err = script.communicate(timeout=30)
+    assert script.returncode == 0, err
