@@ -46,8 +46,9 @@ cluster_args() {
     fi
     if [[ -n ${REWRITER_URL:-} ]]; then
         read -ra words <<<"$REWRITER_URL"
-        SIP_ARGS+=(--rewriter-url "${words[@]}" ${REWRITER_MODEL:+--rewriter-model "$REWRITER_MODEL"})
+        SIP_ARGS+=(--rewriter-url "${words[@]}")
     fi
+    SIP_ARGS+=(${REWRITER_MODEL:+--rewriter-model "$REWRITER_MODEL"})
     load_args "$CHECKPOINT_PATH" "${LOAD:-}"
     EVAL_AND_LOGGING_ARGS=(
         "${LOAD_ARGS[@]}"

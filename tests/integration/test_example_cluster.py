@@ -157,6 +157,12 @@ def test_only_the_first_node_serves_the_judge(tmp_path: Path, rank: str, serves:
     assert "--judge-url http://node0:8100/v1" in done.stdout
 
 
+def test_a_rewriter_may_be_another_model_on_the_judges_server(tmp_path: Path) -> None:
+    done = dry_run(tmp_path, MODEL="llama3.2-1b", JUDGE_URL="http://judge:8100/v1", REWRITER_MODEL="writer")
+    assert done.returncode == 0, done.stderr
+    assert "--rewriter-model writer" in done.stdout
+
+
 def test_missing_data_is_named(tmp_path: Path) -> None:
     done = dry_run(tmp_path, DRY_RUN="0", MODEL="llama-1.4b")
     assert done.returncode != 0
