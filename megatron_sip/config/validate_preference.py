@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_sip.config.groups import Config
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.select import needs_scores
+from megatron_sip.services.build import judge_intervals, judge_settings, judge_specs, needs_rewriter, rewriter_settings
 from megatron_sip.services.endpoint import ClientSettings, parse_endpoints
-from megatron_sip.services.hub import judge_intervals, judge_settings, judge_specs, needs_rewriter, rewriter_settings
 
 _WEIGHTS = "--quality-weight, --safety-weight, --factuality-weight, --likelihood-weight or --classifier-weight"
 

@@ -24,7 +24,8 @@ from megatron_sip.preference.pool import build_pool
 from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
 from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
-from megatron_sip.services.hub import PreferenceServices, needs_rewriter
+from megatron_sip.services.build import needs_rewriter
+from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.types import Answers, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
 

@@ -18,7 +18,7 @@ from megatron_sip.metrics.names import STEPS, TIMES, TRAINING, metric_specs
 from megatron_sip.metrics.samples import SampleLog
 from megatron_sip.metrics.sinks import Sinks, open_sinks
 from megatron_sip.parallel.world import World
-from megatron_sip.services.hub import judge_specs
+from megatron_sip.services.build import judge_specs
 from megatron_sip.training.preferences import Preferences
 from megatron_sip.training.step import StepResult
 

@@ -17,9 +17,10 @@ from megatron_sip.config.groups import Config, JudgeConfig, PreferenceConfig, Re
 from megatron_sip.errors import ConfigError, ServiceError
 from megatron_sip.preference.scoring import JudgeSpec
 from megatron_sip.services.background import BackgroundLoop
+from megatron_sip.services.build import judge_specs, needs_rewriter
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.endpoint import ClientSettings
-from megatron_sip.services.hub import PreferenceServices, judge_specs, needs_rewriter, run_bounded
+from megatron_sip.services.hub import PreferenceServices, run_bounded
 from megatron_sip.services.judges import FactualityJudge, QualityJudge, Reading, SafetyJudge
 from megatron_sip.services.likelihood import LikelihoodJudge, common_length, new_gram_share, suffix_start
 from megatron_sip.services.model_server import ModelServer
