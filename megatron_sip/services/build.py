@@ -84,7 +84,7 @@ def rewriter_settings(config: Config) -> ClientSettings:
 def build_judge(name: str, judge: JudgeConfig, server: ModelServer | None) -> Judge:
     """The judge called `name`; all but the classifier need a server."""
     if name == "classifier":
-        return ClassifierJudge(load_classifier(judge))
+        return ClassifierJudge(load_classifier(judge), judge.classifier)
     if server is None:
         raise ValueError(f"judge {name} needs a server")
     if name == "likelihood":

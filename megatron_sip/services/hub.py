@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from megatron_sip.config.groups import Config
 from megatron_sip.errors import ConfigError
@@ -25,12 +25,15 @@ from megatron_sip.services.build import (
     rewriter_settings,
 )
 from megatron_sip.services.client import ServiceClient
+from megatron_sip.services.journal import Journal, Recalled
+from megatron_sip.services.journal_records import Entry, Key, Source, Value, verdict_keys
 from megatron_sip.services.judges import Judge
 from megatron_sip.services.model_server import ModelServer
-from megatron_sip.services.rewriter import Rewriter
+from megatron_sip.services.rewriter import Rewriter, RewriteRequest, rewrite_key
 from megatron_sip.types import Answers, Missing, Pool, Question
 
 T = TypeVar("T")
+V = TypeVar("V", bound=Value)
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +51,8 @@ class PreferenceServices:
         self._judges: dict[str, Judge] = {}
         self._rewriter: Rewriter | None = None
         self._loop: BackgroundLoop | None = None
+        self._journal: Journal | None = None
+        self._from_journal = 0
         self._seconds = {"judge_seconds": 0.0, "rewriter_seconds": 0.0}
         self._asked: Counter[str] = Counter()
         self._missing: Counter[str] = Counter()
@@ -107,11 +112,45 @@ class PreferenceServices:
             raise ValueError(f"{len(pools)} pools but {len(questions)} lists of questions")
         return self._submit(self._answer_all(list(pools), [list(group) for group in questions]))
 
-    def submit_rewrites(self, items: Sequence[tuple[str, str]], max_tokens: int) -> Future[list[str | Missing]]:
-        """Rewrite each (prefix text, original text); `max_tokens` are tokens of the rewriter."""
+    def submit_rewrites(self, requests: Sequence[RewriteRequest], max_tokens: int) -> Future[list[str | Missing]]:
+        """Rewrite each original; `max_tokens` are tokens of the rewriter."""
         if self._rewriter is None:
             raise ConfigError("no rewriter is configured: neither --pool nor --objective asks for rewrites")
-        return self._submit(self._rewrite_all(self._rewriter, list(items), max_tokens))
+        return self._submit(self._rewrite_all(self._rewriter, list(requests), max_tokens))
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anybody to ask: a judge or a rewriter."""
+        return bool(self._judges) or self._rewriter is not None
+
+    def use_journal(self, journal: Journal) -> None:
+        """From now on look answers up in `journal` before anybody is asked, and write down what is new. Closes it."""
+        self._journal = journal
+
+    def recall(self, next_sample: int) -> Recalled | None:
+        """Read the journal anew for the samples from `next_sample` on: the run stands at a checkpoint again.
+
+        None without a journal. CheckpointError where it cannot be read.
+        """
+        return None if self._journal is None else self._journal.recall(next_sample)
+
+    def checkpointed(self, oldest_sample: int) -> None:
+        """A checkpoint is durable: the journal drops what none that is kept can need.
+
+        `oldest_sample` is the first sample that the oldest kept checkpoint has not trained. CheckpointError where the
+        disk refuses.
+        """
+        if self._journal is not None:
+            self._journal.checkpointed(oldest_sample)
+
+    def void(self, first_sample: int) -> None:
+        """Give up what is under way, and take back what the journal holds of `first_sample` and later ones.
+
+        CheckpointError where the disk refuses.
+        """
+        if self._journal is not None:
+            self._submit(cancel_others()).result()
+            self._journal.void(first_sample)
 
     def stats(self) -> dict[str, float]:
         """Counts and seconds since the start: calls, attempts, prompt trims, questions, missing by reason."""
@@ -121,6 +160,7 @@ class PreferenceServices:
                 totals[f"{label}_calls"] = server.client.calls
                 totals[f"{label}_attempts"] = server.client.attempts
                 totals[f"{label}_prompt_trims"] = server.trims
+        totals["from_journal"] = self._from_journal
         totals |= {f"asked/{name}": count for name, count in self._asked.items()}
         totals |= {f"missing/{name}": count for name, count in self._missing.items()}
         return totals
@@ -136,6 +176,8 @@ class PreferenceServices:
             logger.warning("the connections to judge and rewriter did not close within 10 s; they end with the process")
         finally:
             loop.close()
+            if self._journal is not None:
+                self._journal.close()
 
     def __enter__(self) -> PreferenceServices:
         self.start()
@@ -146,10 +188,7 @@ class PreferenceServices:
 
     async def _close(self) -> None:
         # First end the calls, then their connections: a call must not find its connections gone.
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await cancel_others()
         for server in (self._judge_server, self._rewrite_server):
             if server is not None:
                 await server.client.close()
@@ -163,12 +202,19 @@ class PreferenceServices:
     async def _answer_all(self, pools: list[Pool], questions: list[list[Question]]) -> list[Answers]:
         began = time.monotonic()
         uniques = [distinct_pool(pool) for pool in pools]
-        jobs = (
-            self._judges[question.judge].ask(pool, question)
-            for pool, group in zip(uniques, questions, strict=True)
-            for question in group
-        )
-        verdicts = iter(await run_bounded(jobs, self._limit))
+        asked = [(pool, question) for pool, group in zip(uniques, questions, strict=True) for question in group]
+        sources = {
+            name: Source(name, judge.model, judge.version, judge.settings) for name, judge in self._judges.items()
+        }
+        keys = [
+            key for pool, group in zip(uniques, questions, strict=True) for key in verdict_keys(pool, group, sources)
+        ]
+
+        def ask(index: int) -> Coroutine[Any, Any, float | Missing]:
+            pool, question = asked[index]
+            return self._judges[question.judge].ask(pool, question)
+
+        verdicts = iter(await self._recorded(keys, ask))
         answers = [{question: next(verdicts) for question in group} for group in questions]
         for group_answers in answers:
             for question, verdict in group_answers.items():
@@ -177,15 +223,31 @@ class PreferenceServices:
         return answers
 
     async def _rewrite_all(
-        self, rewriter: Rewriter, items: list[tuple[str, str]], max_tokens: int
+        self, rewriter: Rewriter, requests: list[RewriteRequest], max_tokens: int
     ) -> list[str | Missing]:
         began = time.monotonic()
-        jobs = (rewriter.rewrite(prefix, original, max_tokens) for prefix, original in items)
-        texts = await run_bounded(jobs, self._limit)
+        source = Source(rewriter.name, rewriter.model, rewriter.version, rewriter.settings(max_tokens))
+
+        def ask(index: int) -> Coroutine[Any, Any, str | Missing]:
+            return rewriter.rewrite(requests[index].prefix_text, requests[index].original_text, max_tokens)
+
+        texts = await self._recorded([rewrite_key(request, source) for request in requests], ask)
         for text in texts:
             self._count(rewriter.name, text)
         self._seconds["rewriter_seconds"] += time.monotonic() - began
         return texts
+
+    async def _recorded(self, keys: Sequence[Key], ask: Callable[[int], Coroutine[Any, Any, V]]) -> list[V]:
+        """The value of each key: from the journal, or `ask(index)`, which is written down before anybody uses it."""
+        known = await self._journal.lookup(keys) if self._journal else {}
+        absent = [index for index, key in enumerate(keys) if key not in known]
+        values = dict(zip(absent, await run_bounded((ask(index) for index in absent), self._limit), strict=True))
+        if self._journal:
+            entries: list[Entry] = [(keys[index], value) for index, value in values.items()]
+            await self._journal.append(entries)
+        self._from_journal += len(keys) - len(absent)
+        # A key names its service, and so the kind of its value.
+        return [values[index] if index in values else cast(V, known[key]) for index, key in enumerate(keys)]
 
     def _count(self, service: str, outcome: object) -> None:
         self._asked[service] += 1
@@ -212,6 +274,14 @@ async def run_bounded(jobs: Iterable[Coroutine[Any, Any, T]], limit: int) -> lis
     except ExceptionGroup as several:
         raise several.exceptions[0] from several
     return [results[index] for index in range(len(results))]
+
+
+async def cancel_others() -> None:
+    """End all that runs in this event loop besides the caller."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def distinct_pool(pool: Pool) -> Pool:

@@ -17,6 +17,7 @@ from megatron_sip.services.prompts import (
     FACTUALITY_SCHEMA,
     QUALITY_LOGIT_PREFILL,
     SAFETY_LOGIT_PREFILL,
+    VERSIONS,
     Prompt,
     factuality_prompt,
     quality_prompt,
@@ -45,6 +46,21 @@ class Judge(Protocol):
     name: str
     pairwise: bool
 
+    @property
+    def model(self) -> str:
+        """Name of the model that answers; known after `start` of its server."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the same question is put in other words, or its answer is read in another way."""
+        ...
+
+    @property
+    def settings(self) -> str:
+        """How an answer is read and sampled; together with name, model and version it tells who answered."""
+        ...
+
     async def start(self) -> None:
         """Learn what asking needs. Raises ServiceError where the server cannot serve this judge."""
         ...
@@ -69,6 +85,12 @@ class Reading:
         """Whether one constrained token is read as a probability."""
         return self.kind == "logit"
 
+    def __str__(self) -> str:
+        if self.logit:
+            return "logit"
+        effort = f" effort {self.reasoning_effort}" if self.reasoning_effort else ""
+        return f"generate temperature {self.temperature} top_p {self.top_p} max_tokens {self.max_tokens}{effort}"
+
 
 class ChatJudge:
     """What the three chat judges share: fit the prompt, ask, and read the answer."""
@@ -90,6 +112,21 @@ class ChatJudge:
         self._prefill = prefill
         self._label_scores = label_scores
         self._label_ids: dict[str, list[int]] | None = None
+
+    @property
+    def model(self) -> str:
+        """Name of the model that is asked; RuntimeError before the server is started."""
+        return self._server.info.model
+
+    @property
+    def version(self) -> str:
+        """Version of the prompt's words."""
+        return VERSIONS[f"{self.name}/{self._reading.kind}"]
+
+    @property
+    def settings(self) -> str:
+        """Reading and sampling."""
+        return str(self._reading)
 
     async def start(self) -> None:
         """Find the label tokens for the logit reading; see that an answer has room. Raises ServiceError."""

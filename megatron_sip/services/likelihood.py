@@ -24,9 +24,16 @@ class LikelihoodJudge:
 
     name = "likelihood"
     pairwise = False
+    version = "likelihood-1"
+    settings = f"{GRAM}-grams"
 
     def __init__(self, server: ModelServer) -> None:
         self._server = server
+
+    @property
+    def model(self) -> str:
+        """Name of the model that scores; RuntimeError before the server is started."""
+        return self._server.info.model
 
     async def start(self) -> None:
         """ServiceError where the server is not vLLM: only that tokenizes and scores prompts."""

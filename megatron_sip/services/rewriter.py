@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron_sip.services.journal_records import REWRITER, Key, Source, text_hash, token_hash
 from megatron_sip.services.model_server import ModelServer
-from megatron_sip.services.prompts import rewrite_prompt
+from megatron_sip.services.prompts import VERSIONS, rewrite_prompt
 from megatron_sip.services.quoting import end_marker
 from megatron_sip.services.verdicts import answer_text
 from megatron_sip.types import Missing, MissingReason
 
 
+class RewriteRequest(NamedTuple):
+    """An original suffix, by the global index of its sample, its tokens and its text, and the text before it."""
+
+    sample_index: int
+    tokens: Sequence[int]
+    prefix_text: str
+    original_text: str
+
+
+def rewrite_key(request: RewriteRequest, source: Source) -> Key:
+    """What the journal calls this request to this rewriter."""
+    context = text_hash(request.prefix_text, request.original_text)
+    return Key(request.sample_index, context, source, token_hash(request.tokens))
+
+
 class Rewriter:
     """Asks a chat model to mend a continuation."""
 
-    name = "rewriter"
+    name = REWRITER
+    version = VERSIONS["rewrite"]
 
     def __init__(self, server: ModelServer, temperature: float = 1.0, top_p: float = 1.0) -> None:
         self._server = server
         self._temperature = temperature
         self._top_p = top_p
+
+    @property
+    def model(self) -> str:
+        """Name of the model that is asked; RuntimeError before the server is started."""
+        return self._server.info.model
+
+    def settings(self, max_tokens: int) -> str:
+        """How a rewrite of at most `max_tokens` tokens is sampled."""
+        return f"temperature {self._temperature} top_p {self._top_p} max_tokens {max_tokens}"
 
     async def rewrite(self, prefix_text: str, original_text: str, max_tokens: int) -> str | Missing:
         """The rewritten continuation; `max_tokens` are tokens of the rewriter.

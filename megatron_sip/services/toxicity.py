@@ -38,9 +38,12 @@ class ClassifierJudge:
 
     name = "classifier"
     pairwise = False
+    version = "classifier-1"
+    settings = "one minus toxicity"
 
-    def __init__(self, model: ToxicityModel) -> None:
-        self._model = model
+    def __init__(self, model: ToxicityModel, model_name: str) -> None:
+        self.model = model_name
+        self._toxicity = model
         # One call at a time: the classifiers are fast, and the trainer needs the cores.
         self._turn = asyncio.Lock()
 
@@ -53,7 +56,7 @@ class ClassifierJudge:
         if not text.strip():
             return NO_TEXT
         async with self._turn:
-            [toxic] = await asyncio.get_running_loop().run_in_executor(None, self._model, [text])
+            [toxic] = await asyncio.get_running_loop().run_in_executor(None, self._toxicity, [text])
         if not 0.0 <= toxic <= 1.0:
             return Missing(MissingReason.MALFORMED, f"the classifier gave {toxic}")
         return 1.0 - toxic

@@ -26,6 +26,7 @@ from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
 from megatron_sip.services.build import needs_rewriter
 from megatron_sip.services.hub import PreferenceServices
+from megatron_sip.services.rewriter import RewriteRequest
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.types import Answers, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
 
@@ -92,19 +93,20 @@ class PreferenceMaker:
         self.engine = engine
         self.services = services
         self._rewrites: dict[int, Future[list[str | Missing]]] = {}
-        self._trims_counted = 0.0
+        self._counted: dict[str, float] = {}
 
     def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
         """Ask for the rewrites of a coming iteration, which depend on the documents alone."""
         due = needs_rewriter(self.config) and iteration % self.config.rewriter.rewrite_interval == 0
         if self.services is None or not due or iteration in self._rewrites:
             return
-        texts = []
+        requests = []
         for cut in cuts:
             prefix, suffix = cut.prefix.tolist(), cut.suffix.tolist()
-            texts.append((self.tokenizer.prefix_text(prefix), self.tokenizer.candidate_text(prefix, suffix)))
+            texts = self.tokenizer.prefix_text(prefix), self.tokenizer.candidate_text(prefix, suffix)
+            requests.append(RewriteRequest(cut.sample_index, suffix, *texts))
         # Twice the suffix: the rewriter's tokens are not the policy's, and an answer cut by length is lost.
-        self._rewrites[iteration] = self.services.submit_rewrites(texts, 2 * self.config.data.suffix_length)
+        self._rewrites[iteration] = self.services.submit_rewrites(requests, 2 * self.config.data.suffix_length)
 
     def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:
         """The batch of this iteration.
@@ -156,17 +158,19 @@ class PreferenceMaker:
         if self.services is None:
             return {}
         missing = float(sum(len(item) for item in absent))
+        stats = self.services.stats()
+        trims = stats.get("judge_prompt_trims", 0.0) + stats.get("rewriter_prompt_trims", 0.0)
         return {
             **pool_metrics(pools, scores, pairs),
             "candidates/missing": (missing, float(len(pools))),
-            "judge/prompts_trimmed": (self._fresh_trims(self.services), float(len(pools))),
+            "judge/prompts_trimmed": (self._fresh("trims", trims), float(len(pools))),
+            "judge/from_journal": (self._fresh("journal", stats["from_journal"]), float(len(pools))),
         }
 
-    def _fresh_trims(self, services: PreferenceServices) -> float:
-        """Prompts that were trimmed since the last call, those of prefetched rewrites included."""
-        stats = services.stats()
-        total = stats.get("judge_prompt_trims", 0.0) + stats.get("rewriter_prompt_trims", 0.0)
-        fresh, self._trims_counted = total - self._trims_counted, total
+    def _fresh(self, name: str, total: float) -> float:
+        """What a running total has gained since the last call, by prefetched rewrites too."""
+        fresh = total - self._counted.get(name, 0.0)
+        self._counted[name] = total
         return fresh
 
     def _write_rollouts(self, cuts: Sequence[Cut], iteration: int) -> Rollouts | None:

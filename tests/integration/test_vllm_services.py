@@ -22,7 +22,7 @@ from megatron_sip.services.judges import FactualityJudge, Judge, QualityJudge, R
 from megatron_sip.services.likelihood import LikelihoodJudge
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.quoting import Quoter
-from megatron_sip.services.rewriter import Rewriter
+from megatron_sip.services.rewriter import Rewriter, RewriteRequest
 from megatron_sip.types import Candidate, CandidateKind, Missing, MissingReason, Pool, Question
 
 pytestmark = pytest.mark.server
@@ -282,7 +282,8 @@ def test_the_hub_scores_a_pool(judge_url: str) -> None:
             plan = plan_scoring("all-pairs", pool.candidates, unique, services.judges(), seed=1, sample_index=0)
             questions.append(plan.next_round({}))
         answers = services.submit_answers(pools, questions).result(300)
-        rewrites = services.submit_rewrites([(pool.prefix_text, pool.original_text) for pool in pools], 8).result(300)
+        requests = [RewriteRequest(0, (n,), pool.prefix_text, pool.original_text) for n, pool in enumerate(pools)]
+        rewrites = services.submit_rewrites(requests, 8).result(300)
         stats = services.stats()
     assert [len(found) for found in answers] == [2 + 2 + 2] * 2, "both orders, two likelihoods, two classifier scores"
     assert all(isinstance(verdict, float) for found in answers for verdict in found.values())

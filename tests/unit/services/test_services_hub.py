@@ -26,7 +26,7 @@ from megatron_sip.services.likelihood import LikelihoodJudge, common_length, new
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.prompts import quality_prompt
 from megatron_sip.services.quoting import nonce
-from megatron_sip.services.rewriter import Rewriter
+from megatron_sip.services.rewriter import Rewriter, RewriteRequest
 from megatron_sip.types import Candidate, CandidateKind, Missing, MissingReason, Pool, Question
 
 T = TypeVar("T")
@@ -41,6 +41,10 @@ def server() -> Iterator[FakeServer]:
 def pool_of(*texts: str, prefix: str = "Once upon a time") -> Pool:
     candidates = [Candidate(CandidateKind.ROLLOUT, (len(text), ord(text[0]) if text else 0), text) for text in texts]
     return Pool(0, prefix, "there was a king.", tuple(candidates))
+
+
+def request(prefix: str, original: str) -> RewriteRequest:
+    return RewriteRequest(0, (len(original), len(prefix)), prefix, original)
 
 
 async def started(server: FakeServer, max_context: int | None = None, **changes: Any) -> ModelServer:
@@ -349,7 +353,10 @@ def test_hub_rewrites_with_its_own_server_and_key(server: FakeServer) -> None:
         )
         environ = {"JUDGE_API_KEY": "judge", "REWRITER_API_KEY": "other"}
         with PreferenceServices(config, environ) as services:
-            assert services.submit_rewrites([("a", "b"), ("c", "d")], 9).result(20) == ["better", "better"]
+            assert services.submit_rewrites([request("a", "b"), request("c", "d")], 9).result(20) == [
+                "better",
+                "better",
+            ]
             assert services.stats()["rewriter_calls"] >= 2
     assert server.headers[0]["Authorization"] == "Bearer judge"
 
@@ -360,7 +367,7 @@ def test_hub_without_a_server() -> None:
         [answers] = services.submit_answers([pool_of("kind words")], [[Question("classifier", 0)]]).result(20)
         assert answers[Question("classifier", 0)] > 0.5  # type: ignore[operator]
         with pytest.raises(ConfigError, match="no rewriter"):
-            services.submit_rewrites([("a", "b")], 5)
+            services.submit_rewrites([request("a", "b")], 5)
 
 
 def test_hub_names_what_is_missing_before_it_starts(server: FakeServer) -> None:

@@ -153,7 +153,9 @@ def ask(judge: ClassifierJudge, *texts: str) -> list[object]:
 
 
 def test_the_classifier_judge_prefers_the_polite_text() -> None:
-    rude, polite, empty = ask(ClassifierJudge(load_profanity_check()), "You stupid idiot.", "A fine day.", " ")
+    rude, polite, empty = ask(
+        ClassifierJudge(load_profanity_check(), "profanity-check"), "You stupid idiot.", "A fine day.", " "
+    )
     assert isinstance(rude, float)
     assert isinstance(polite, float)
     assert 0 <= rude < 0.5 < polite <= 1
@@ -161,5 +163,5 @@ def test_the_classifier_judge_prefers_the_polite_text() -> None:
 
 
 def test_a_classifier_without_a_number_is_missing() -> None:
-    [verdict] = ask(ClassifierJudge(lambda texts: [float("nan")] * len(texts)), "a")
+    [verdict] = ask(ClassifierJudge(lambda texts: [float("nan")] * len(texts), "broken"), "a")
     assert isinstance(verdict, Missing)
