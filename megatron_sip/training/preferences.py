@@ -28,6 +28,7 @@ from megatron_sip.services.build import needs_rewriter
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.services.rewriter import RewriteRequest
 from megatron_sip.training.faults import Boundaries
+from megatron_sip.training.judged import JudgeWatch
 from megatron_sip.types import Answers, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
 
 
@@ -92,6 +93,7 @@ class PreferenceMaker:
         self.tokenizer = tokenizer
         self.engine = engine
         self.services = services
+        self._watch = JudgeWatch(config, leader)
         self._rewrites: dict[int, Future[list[str | Missing]]] = {}
         self._counted: dict[str, float] = {}
 
@@ -112,7 +114,7 @@ class PreferenceMaker:
         """The batch of this iteration.
 
         Raises:
-            SipError: a server cannot be used at all; on all ranks alike.
+            SipError: a server cannot be used at all, or none has answered for too long; on all ranks alike.
             StopRequestedError: a rank was asked to stop, and the step is not finished.
         """
         stage, where = self.boundaries.stage, (iteration + 1, (cuts[0].sample_index, cuts[-1].sample_index))
@@ -127,6 +129,7 @@ class PreferenceMaker:
         with stage("judge", *where):
             pools, absent = self._pools(cuts, rollouts, rewrites)
             scores = self._score(pools, iteration)
+            self._watch.check(cuts, scores, self.services)
         pairs = [
             choose(self.config.training.objective, pool, own, self.config.training.seed)
             for pool, own in zip(pools, scores, strict=True)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 
-import torch
 import torch.distributed as dist
 
 from megatron_sip.config.groups import Config
@@ -38,7 +37,6 @@ class Reporter:
         self._specs = (*TRAINING, *STEPS, *TIMES) if config.training.objective == "ntp" else metric_specs(judges)
         self._metrics = StepMetrics(self._specs)
         self._skipped_in_a_row = 0
-        self._unjudged_in_a_row = 0
         self._pending: list[Callable[[], None]] = []
         self._iterations = 0
         self._seconds = 0.0
@@ -87,11 +85,9 @@ class Reporter:
         """Account for one finished iteration (counted from 1): all ranks meet here, nothing is written yet.
 
         Raises:
-            SipError: `--max-skipped-iterations` non-finite steps in a row, or `--judge-max-failed-iterations` without
-                any verdict; on all ranks alike.
+            SipError: `--max-skipped-iterations` non-finite steps in a row; on all ranks alike.
         """
         self._check_stuck(result)
-        self._check_judged(preferences)
         self._iterations += 1
         self._seconds += seconds
         self._metrics.add_all(preferences.metrics)
@@ -160,20 +156,6 @@ class Reporter:
             raise SipError(
                 f"{limit} iterations in a row had a non-finite loss or gradient; lower --lr, raise --adam-eps or "
                 "resume from an earlier checkpoint (the limit is --max-skipped-iterations)"
-            )
-
-    def _check_judged(self, preferences: Preferences) -> None:
-        """Stop when the judges have been silent for too long: a run must not go on while it trains on nothing."""
-        own = [preferences.metrics.get(name, (0.0, 0.0))[0] for name in ("judge/asked", "judge/missing")]
-        sums = torch.tensor(own, dtype=torch.float64)
-        dist.all_reduce(sums, group=self.world.control_group)
-        asked, missing = sums.tolist()
-        self._unjudged_in_a_row = self._unjudged_in_a_row + 1 if asked and missing == asked else 0
-        limit = self.config.judge.judge_max_failed_iterations
-        if self._unjudged_in_a_row >= limit:
-            raise SipError(
-                f"no verdict arrived in {limit} iterations in a row; look at the server of --judge-url, then resume "
-                "from the last checkpoint (the limit is --judge-max-failed-iterations)"
             )
 
     def close(self) -> None:
