@@ -108,6 +108,12 @@ def _check_against_bin(
     """The sequences must follow one another without gaps and fill the .bin file."""
     if bool((lengths < 0).any()):
         raise DataError(f"{idx_path} is damaged: it holds negative lengths; {_REMAKE}")
+    held, longest = size // dtype.itemsize, int(lengths.max(initial=0))
+    if longest > held:  # and sums of what passes here stay far below 2**63
+        raise DataError(
+            f"{bin_path} is truncated or {idx_path} damaged: a sequence of {longest} tokens, where the file holds "
+            f"{held}; {_REMAKE}"
+        )
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if not np.array_equal(offsets[1:], ends[:-1]) or (len(offsets) > 0 and offsets[0] != 0):
         raise DataError(f"{idx_path} is damaged: its offsets do not follow from its lengths; {_REMAKE}")
