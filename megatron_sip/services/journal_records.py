@@ -114,7 +114,7 @@ def encode(entries: Iterable[Entry]) -> list[bytes]:
     The reason of a Missing is kept and its detail is not: that may quote what a server said, keys included.
 
     Raises:
-        ValueError: a verdict is no number in [0, 1].
+        ValueError: a verdict is no finite number.
     """
     groups: dict[tuple[int, str, Source], list[Entry]] = {}
     for key, value in entries:
@@ -139,8 +139,8 @@ def _encode_value(key: Key, value: Value) -> Any:
         return {"missing": value.reason.value}
     if isinstance(value, str):
         return {"text": value}
-    if not (math.isfinite(value) and 0.0 <= value <= 1.0):
-        raise ValueError(f"{value} of {key.source.service} for sample {key.sample} is no verdict in [0, 1]")
+    if not math.isfinite(value):
+        raise ValueError(f"{value} of {key.source.service} for sample {key.sample} is no verdict")
     return float(value)
 
 

@@ -123,7 +123,9 @@ def test_every_part_of_a_question_is_in_its_key() -> None:
 
 def test_values_come_back_bit_for_bit() -> None:
     draw = random.Random(3)
-    floats = [0.0, 1.0, 0.1 + 0.2, 5e-324, math.nextafter(1.0, 0.0), *(draw.random() for _ in range(500))]
+    # A sum of rounded shares may end a little above 1.
+    edges = [0.0, 1.0, 0.1 + 0.2, 5e-324, math.nextafter(1.0, 0.0), math.nextafter(1.0, 2.0)]
+    floats = [*edges, *(draw.random() for _ in range(500))]
     items: list[Entry] = [(key(1, vote=number), value) for number, value in enumerate(floats)]
     items += [(key(1, f"m{reason}"), Missing(reason)) for reason in MissingReason]
     items += [(key(2, second=None, source=SAFETY), 0.5), (key(2), 0.75)]
@@ -155,7 +157,7 @@ def test_what_a_server_said_is_not_written_down() -> None:
     assert b"http_status" in line
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.1])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_verdict_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="no verdict"):
         encode([(key(1), value)])
