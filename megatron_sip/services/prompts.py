@@ -87,7 +87,7 @@ VERSIONS = {
     "safety/logit": "safety-logit-1",
     "factuality/generate": "factuality-generate-1",
     "factuality/logit": "factuality-logit-1",
-    "rewrite": "rewrite-1",
+    "rewrite": "rewrite-2",
 }
 
 

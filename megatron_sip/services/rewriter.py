@@ -60,15 +60,17 @@ class Rewriter:
         messages = await self._server.fit(prompt, max_tokens)
         if isinstance(messages, Missing):
             return messages
+        # Texts in the prompt end with this line; a model that ends its own so, and then begins anew, has finished.
+        marker = end_marker(prompt.prefix_code)
         body = await self._server.chat(
-            messages, max_tokens=max_tokens, temperature=self._temperature, top_p=self._top_p
+            messages, max_tokens=max_tokens, temperature=self._temperature, top_p=self._top_p, stop=[marker]
         )
         if isinstance(body, Missing):
             return body
         text = answer_text(body)
         if isinstance(text, Missing):
             return text
-        if end_marker(prompt.prefix_code) in text:
+        if marker in text:  # the server knows no stop strings
             return Missing(MissingReason.UNPARSABLE, "the rewrite repeats the prompt's markers")
         same = text.strip() == self._server.quoter.clean(original_text).strip()
         return original_text if same else text

@@ -289,6 +289,7 @@ def test_rewriter(server: FakeServer) -> None:
     ]
     body = server.requests[0][1]
     assert (body["max_tokens"], body["temperature"], body["top_p"]) == (77, 0.3, 0.9)
+    assert body["stop"] == [f"[end {nonce(prefix)}]"], "texts end so in the prompt, and then in the answer, too"
     assert body["messages"][0]["content"].endswith(": upon a time there was")
 
 
