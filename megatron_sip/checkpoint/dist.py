@@ -155,6 +155,7 @@ def _load_schedule(trainer: PolicyTrainer, saved: dict[str, Any], say: Callable[
     changed = [f"{name} was {saved[name]} and is {now[name]}" for name in _SCHEDULE if saved.get(name) != now[name]]
     if changed:
         say("the schedule goes on with other settings: " + ", ".join(changed))
+    trainer.scheduler.num_steps = 0  # megatron-core adds the loaded position to the one that is there
     trainer.scheduler.load_state_dict(saved)
 
 

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sip.checkpoint.manifest import DamagedError, listed, require_bytes
+from megatron_sip.checkpoint.manifest import MANIFEST, DamagedError, listed, require_bytes
 from megatron_sip.errors import CheckpointError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -63,10 +64,31 @@ def latest_iteration(root: Path) -> int | None:
     return named
 
 
-def candidates(root: Path) -> list[int]:
-    """Iterations that may be loaded, the best first: the named one, then those before it that have a folder.
+def saved_iterations(root: Path) -> list[int]:
+    """Iterations that have a folder under `root`, in the order in which they were written.
 
-    Checkpoints beyond the named one are left alone: who wrote an earlier number into the latest file wants that one.
+    Where the time is not known (no manifest) they come first, by number. Links to elsewhere do not count.
+    """
+    found = {}
+    for folder in root.iterdir():
+        iteration = iteration_of(folder)
+        if iteration is not None and folder.is_dir() and not folder.is_symlink():
+            found[iteration] = _written_at(folder)
+    return sorted(found, key=lambda iteration: (found[iteration], iteration))
+
+
+def _written_at(folder: Path) -> float:
+    try:
+        return float(json.loads((folder / MANIFEST).read_bytes())["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0  # of an early version, or damaged: `newest_whole` will tell
+
+
+def candidates(root: Path) -> list[int]:
+    """Iterations that may be loaded, the best first: the named one, then what was written before it on the way there.
+
+    A checkpoint beyond the named one is left alone: who wrote an earlier number into the latest file wants that one.
+    So is one with a higher number than another that was written later: the run had gone back behind it.
 
     Raises:
         CheckpointError: the latest file is damaged.
@@ -74,8 +96,11 @@ def candidates(root: Path) -> list[int]:
     named = named_iteration(root)
     if named is None:
         return []
-    earlier = {found for folder in root.iterdir() if folder.is_dir() and (found := iteration_of(folder)) is not None}
-    return [named, *sorted((iteration for iteration in earlier if iteration < named), reverse=True)]
+    found = [named]
+    for iteration in reversed(saved_iterations(root)):
+        if iteration < found[-1]:
+            found.append(iteration)
+    return found
 
 
 def whole_problem(folder: Path) -> str | None:

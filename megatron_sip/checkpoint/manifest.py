@@ -2,7 +2,8 @@
 
 `manifest.json`, the last file that a save writes before the folder gets its name:
 
-    {"format_version": 1, "iteration": 20, "files": {"__0_0.distcp": {"bytes": 1024, "crc32": "0badcafe"}, ...}}
+    {"format_version": 1, "iteration": 20, "written": 1795000000.0,
+     "files": {"__0_0.distcp": {"bytes": 1024, "crc32": "0badcafe"}, ...}}
 
 Sizes tell a file that was cut short, checksums one whose bytes changed. A checkpoint of a version that wrote no
 manifest is checked by what its `.metadata` says.
@@ -45,11 +46,12 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of one checkpoint by name."""
+    """The files of one checkpoint by name; `written` in seconds since 1970, 0 where it is not known."""
 
     format_version: int
     iteration: int
     files: dict[str, FileEntry]
+    written: float = 0.0
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -67,10 +69,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         name: {"bytes": entry.size, "crc32": None if entry.crc32 is None else f"{entry.crc32:08x}"}
         for name, entry in sorted(manifest.files.items())
     }
-    text = json.dumps(
-        {"format_version": manifest.format_version, "iteration": manifest.iteration, "files": files}, indent=1
-    )
-    write_durably(folder / MANIFEST, f"{text}\n".encode())
+    described = {
+        "format_version": manifest.format_version,
+        "iteration": manifest.iteration,
+        "written": manifest.written,
+        "files": files,
+    }
+    write_durably(folder / MANIFEST, f"{json.dumps(described, indent=1)}\n".encode())
 
 
 def write_durably(path: Path, data: bytes) -> FileEntry:
@@ -107,7 +112,7 @@ def read_manifest(folder: Path) -> Manifest:
         version = raw["format_version"]
         require_known_version(folder, version)
         files = {str(name): _entry(name, entry) for name, entry in raw["files"].items()}
-        return Manifest(version, int(raw["iteration"]), files)
+        return Manifest(version, int(raw["iteration"]), files, float(raw["written"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path.name} cannot be read ({type(error).__name__}: {error})") from error
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder
+from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, saved_iterations
 from megatron_sip.checkpoint.manifest import DamagedError, listed, sync_folder, write_durably
-from megatron_sip.checkpoint.retain import INCOMPLETE, REPLACED, remove, saved_iterations, surplus
+from megatron_sip.checkpoint.retain import INCOMPLETE, REPLACED, remove, surplus
 from megatron_sip.config.groups import CheckpointConfig
 from megatron_sip.errors import CheckpointError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def publish(config: Config, root: Path, iteration: int, plan: SavePlan, written:
         with (partial / name).open("rb") as stream:
             os.fsync(stream.fileno())
         files[name] = file_entry(partial / name)
-    write_manifest(partial, Manifest(FORMAT_VERSION, iteration, files))
+    write_manifest(partial, Manifest(FORMAT_VERSION, iteration, files, time.time()))
     sync_folder(partial)
     give_name(root, iteration)
     return retire(config.checkpoint, root, iteration)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_sip.checkpoint.latest import checkpoint_folder, iteration_of
+from megatron_sip.checkpoint.latest import checkpoint_folder
 from megatron_sip.checkpoint.manifest import sync_folder
 
 INCOMPLETE = ".incomplete"
@@ -28,23 +28,19 @@ def surplus(
 ) -> list[int]:
     """The iterations whose checkpoints go now that the one of `newest` is durable and named.
 
+    iterations  in the order in which they were written
+
     Kept are the newest `keep_last_n` up to `newest` and every multiple of `retain_interval`. With an interval alone
     only the newest stays besides, as in Megatron. Without either everything stays. Checkpoints beyond `newest` are
     of another history of the run and are not touched.
     """
     if keep_last_n is None and retain_interval is None:
         return []
-    past = sorted(iteration for iteration in iterations if iteration <= newest)
+    past = [iteration for iteration in iterations if iteration <= newest]
     kept = set(past[-(keep_last_n or 1) :]) | {newest}
     if retain_interval is not None:
         kept |= {iteration for iteration in past if iteration % retain_interval == 0}
     return [iteration for iteration in past if iteration not in kept]
-
-
-def saved_iterations(root: Path) -> list[int]:
-    """Iterations that have a folder of their own under `root`, in order; links to elsewhere are not ours to delete."""
-    found = (iteration_of(entry) for entry in root.iterdir() if entry.is_dir() and not entry.is_symlink())
-    return sorted(iteration for iteration in found if iteration is not None)
 
 
 def remove(root: Path, iterations: Iterable[int]) -> None:

@@ -18,6 +18,7 @@ from megatron_sip.checkpoint.latest import (
     iteration_of,
     latest_iteration,
     newest_whole,
+    saved_iterations,
     whole_problem,
 )
 from megatron_sip.checkpoint.manifest import (
@@ -33,7 +34,7 @@ from megatron_sip.checkpoint.manifest import (
 from megatron_sip.errors import CheckpointError
 
 
-def make(root: Path, iteration: int, *, manifest: bool = True) -> Path:
+def make(root: Path, iteration: int, *, manifest: bool = True, written: float | None = None) -> Path:
     """A small checkpoint with all of its files."""
     folder = checkpoint_folder(root, iteration)
     with warnings.catch_warnings():
@@ -44,7 +45,7 @@ def make(root: Path, iteration: int, *, manifest: bool = True) -> Path:
     (folder / "run_config.yaml").write_text("model: {}\n")
     if manifest:
         files = {path.name: file_entry(path) for path in folder.iterdir()}
-        write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files))
+        write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files, written or iteration))
     return folder
 
 
@@ -158,6 +159,21 @@ def test_an_earlier_number_in_the_latest_file_is_obeyed(root: Path) -> None:
     assert newest_whole(root, lambda _: None) == 2
 
 
+def test_what_a_run_went_back_behind_is_not_taken(root: Path) -> None:
+    """From 2 on anew, after 4 and 6: those are of another history, whatever became of 5 and 7."""
+    for iteration, written in ((3, 8.0), (5, 9.0), (7, 10.0)):
+        make(root, iteration, written=written)
+    (root / LATEST).write_text("7\n")
+    assert candidates(root) == [7, 5, 3, 2]
+
+
+def test_checkpoints_without_a_time_come_last(root: Path) -> None:
+    for iteration in (1, 3):
+        make(root, iteration, manifest=False)
+    assert saved_iterations(root) == [1, 3, 2, 4, 6]
+    assert candidates(root) == [6, 4, 2, 1]
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert newest_whole(tmp_path / "nowhere", print) is None
     assert newest_whole(tmp_path, print) is None
@@ -204,6 +220,6 @@ def test_the_ranks_share_all_files() -> None:
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
-    manifest = Manifest(FORMAT_VERSION, 9, {"a": FileEntry(3, 0xBADCAFE), "b": FileEntry(0, 0)})
+    manifest = Manifest(FORMAT_VERSION, 9, {"a": FileEntry(3, 0xBADCAFE), "b": FileEntry(0, 0)}, 17.5)
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, newest_whole
+from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, newest_whole, saved_iterations
 from megatron_sip.checkpoint.manifest import FORMAT_VERSION, Manifest, file_entry, write_manifest
 from megatron_sip.checkpoint.naming import give_name, incomplete_folder, retire
-from megatron_sip.checkpoint.retain import clean, saved_iterations
+from megatron_sip.checkpoint.retain import clean
 from megatron_sip.config.groups import CheckpointConfig
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sip.checkpoint import retain
-from megatron_sip.checkpoint.latest import checkpoint_folder
-from megatron_sip.checkpoint.retain import clean, remove, saved_iterations, surplus
+from megatron_sip.checkpoint.latest import checkpoint_folder, saved_iterations
+from megatron_sip.checkpoint.retain import clean, remove, surplus
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,11 @@ def test_rules(keep_last_n: int | None, retain_interval: int | None, goes: list[
 def test_what_lies_beyond_the_newest_is_of_another_history() -> None:
     """A run that went back to 20 and saved 30 anew leaves 40 and 50 alone, and does not count them."""
     assert surplus([10, 20, 30, 40, 50], 30, keep_last_n=2, retain_interval=None) == [10]
+
+
+def test_the_newest_are_those_that_were_written_last() -> None:
+    """20 was written, then the run went back to 10 and came by 15."""
+    assert surplus([10, 20, 15, 25], 25, keep_last_n=2, retain_interval=None) == [10, 20]
 
 
 def test_the_newest_stays_though_it_is_not_listed() -> None:
