@@ -17,6 +17,7 @@ from megatron_sip.errors import CheckpointError
 
 ARCHITECTURE = "LlamaForCausalLM"
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *_LLAMA3_KEYS}
 _COMPARED = (
     "num_layers",
     "hidden_size",
@@ -61,19 +62,32 @@ def model_config_from_hf(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"{where}: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
     if raw.get("head_dim") is None and hidden % heads:
         raise CheckpointError(f"{where}: no head_dim, and num_attention_heads {heads} does not divide {hidden}")
+    head_dim = _positive_int(raw, "head_dim", where, absent=hidden // heads)
+    if head_dim % 2:
+        raise CheckpointError(f"{where}: heads are {head_dim} wide, and rotary positions need an even width")
     return ModelConfig(
         num_layers=_positive_int(raw, "num_hidden_layers", where),
         hidden_size=hidden,
         ffn_hidden_size=_positive_int(raw, "intermediate_size", where),
         num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=_positive_int(raw, "head_dim", where, absent=hidden // heads),
+        kv_channels=head_dim,
         max_position_embeddings=_positive_int(raw, "max_position_embeddings", where, absent=2048),
         norm_epsilon=_positive_number(raw, "rms_norm_eps", where, absent=1e-6),
         untie_embeddings_and_output_weights=not _flag(raw, "tie_word_embeddings", where),
         vocab_size=_positive_int(raw, "vocab_size", where),
         **_rope(raw, where),
     )
+
+
+def config_in_type(folder: str | Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The folder's own config.json with another type of the weights, in the spellings of transformers 4 and 5.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    name = str(dtype).removeprefix("torch.")
+    return _read_json(Path(folder) / "config.json") | {"dtype": name, "torch_dtype": name}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -122,20 +136,25 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
             if value is not None and rope.setdefault(key, value) != value:
                 raise CheckpointError(f"{where}: {key} is given twice, as {rope[key]} and {value}")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("type", kind) != kind:
+        raise CheckpointError(f"{where}: rope_type is {kind!r}, and its older spelling type is {rope['type']!r}")
     partial = raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise CheckpointError(f"{where}: partial_rotary_factor {partial} is not supported")
     settings: dict[str, Any] = {"rotary_base": _positive_number(rope, "rope_theta", where, absent=10000.0)}
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"{where}: rope scaling of type {kind!r} is not supported, only 'llama3'")
+    unknown = sorted(rope.keys() - _ROPE_KEYS)
+    if unknown:  # a key for each kind of layer, for instance
+        raise CheckpointError(f"{where}: {unknown[0]} in rope_scaling or rope_parameters is not supported")
     if kind == "default":
         return settings
-    if kind != "llama3":
-        raise CheckpointError(f"{where}: rope scaling of type {kind!r} is not supported, only 'llama3'")
-    factor, low, high, original = (_positive_number(rope, key, where) for key in _LLAMA3_KEYS)
+    factor, low, high = (_positive_number(rope, key, where) for key in _LLAMA3_KEYS[:3])
     return settings | {
         "rope_scaling_factor": factor,
         "rope_low_freq_factor": low,
         "rope_high_freq_factor": high,
-        "rope_original_max_position": int(original),
+        "rope_original_max_position": _positive_int(rope, _LLAMA3_KEYS[3], where),
     }
 
 
