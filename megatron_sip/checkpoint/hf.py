@@ -1,17 +1,20 @@
-"""Hugging Face Llama folders in and out of a policy that is spread over tensor and pipeline parallel ranks."""
+"""Hugging Face Llama folders in and out of a policy that is spread over tensor and pipeline parallel ranks.
+
+`convert` goes between folders, in one process and without a policy.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_sip.checkpoint.convert_run import Conversion, convert
 from megatron_sip.checkpoint.hf_config import hf_config_from_model, model_config_from_hf, require_same_model
+from megatron_sip.checkpoint.hf_folder import open_llama
 from megatron_sip.checkpoint.hf_gather import (
     WRITER,
     Inventory,
@@ -21,12 +24,12 @@ from megatron_sip.checkpoint.hf_gather import (
     own_rank,
     raise_together,
 )
-from megatron_sip.checkpoint.hf_names import EMBEDDING, OUTPUT, LlamaShape, Slot, llama_shape
+from megatron_sip.checkpoint.hf_names import LlamaShape, Slot, llama_shape
 from megatron_sip.checkpoint.hf_stage import policy_shape, stage_slots
-from megatron_sip.checkpoint.hf_tensors import all_hf_shapes, hf_shapes, pack, unpack
+from megatron_sip.checkpoint.hf_tensors import all_hf_shapes, pack, unpack
+from megatron_sip.checkpoint.hf_tokenizer import copy_files, special_ids
 from megatron_sip.checkpoint.safetensors_io import (
     DEFAULT_SHARD_BYTES,
-    SafetensorsFolder,
     SafetensorsWriter,
     new_folder,
     require_absent,
@@ -34,16 +37,7 @@ from megatron_sip.checkpoint.safetensors_io import (
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.errors import CheckpointError
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+__all__ = ["Conversion", "convert", "export_hf", "load_hf_weights"]
 
 
 def load_hf_weights(
@@ -69,30 +63,11 @@ def load_hf_weights(
     require_same_model(model_config_from_hf(folder), model, folder)
     stage = stage_slots(named_parameters, llama_shape(model), first_layer)
     shape = policy_shape({stage[name]: tuple(p.shape) for name, p in named_parameters.items()}, model, tp_size)
-    with SafetensorsFolder(folder) as source:
-        source.require_shapes(all_hf_shapes(shape))
-        _refuse_surplus(source, shape)
-        with torch.no_grad():
-            for name, parameter in named_parameters.items():
-                slot = stage[name]
-                views = [source.lazy(hf_name) for hf_name in slot.hf(shape.tied)]
-                parameter.copy_(pack(slot.entry.kind, views, shape, tp_rank, tp_size))
-
-
-def _refuse_surplus(source: SafetensorsFolder, shape: LlamaShape) -> None:
-    """Refuse tensors that nothing would read; the first Llama exports also stored rotary frequencies."""
-    surplus = {name for name in source.names - set(all_hf_shapes(shape)) if not name.endswith("rotary_emb.inv_freq")}
-    head = OUTPUT.hf[0]
-    if shape.tied and head in surplus:
-        surplus.remove(head)
-        (size,) = hf_shapes(Slot(EMBEDDING), shape)
-        source.require_shapes({head: size})
-        if not torch.equal(source.lazy(head)[:], source.lazy(EMBEDDING.hf[0])[:]):
-            raise CheckpointError(
-                f"{source.folder}: tie_word_embeddings is true, but {head} differs from the embedding"
-            )
-    if surplus:
-        raise CheckpointError(f"{source.folder} has the tensor {min(surplus)}, which is no part of a Llama")
+    with open_llama(folder, shape) as source, torch.no_grad():
+        for name, parameter in named_parameters.items():
+            slot = stage[name]
+            views = [source.lazy(hf_name) for hf_name in slot.hf(shape.tied)]
+            parameter.copy_(pack(slot.entry.kind, views, shape, tp_rank, tp_size))
 
 
 def export_hf(
@@ -119,14 +94,14 @@ def export_hf(
         CheckpointError: on all ranks of the group alike, with nothing changed in `folder`.
     """
     mine: dict[Slot, torch.Tensor] = {}
-    special_ids: dict[str, int | None] = {}
+    ids: dict[str, int | None] = {}
     error = None
     try:
         stage = stage_slots(named_parameters, llama_shape(model), first_layer)
         mine = {stage[name]: parameter for name, parameter in named_parameters.items()}
         if own_rank(group) == WRITER:
             require_absent(folder)
-            special_ids = _special_ids(tokenizer_folder, model)
+            ids = special_ids(tokenizer_folder, model)
     except CheckpointError as problem:
         error = str(problem)
     own = Inventory(tp_rank, {slot: (tuple(p.shape), p.dtype) for slot, p in mine.items()}, error)
@@ -135,11 +110,11 @@ def export_hf(
     tensors = joined_tensors(mine, inventories, shape, group)
     failure = None
     if own_rank(group) == WRITER:
-        config = hf_config_from_model(model, dtype, special_ids)
+        config = hf_config_from_model(model, dtype, ids)
         try:
             with new_folder(folder) as temporary:
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-                _copy_tokenizer(tokenizer_folder, temporary)
+                copy_files(tokenizer_folder, temporary)
                 _write_weights(
                     SafetensorsWriter(temporary, all_hf_shapes(shape), dtype, max_shard_bytes), tensors, shape
                 )
@@ -159,36 +134,3 @@ def _write_weights(
             for name, tensor in zip(slot.hf(shape.tied), unpack(slot, full, shape), strict=True):
                 writer.write(name, tensor)
         writer.finish()
-
-
-def _special_ids(tokenizer_folder: str | Path | None, model: ModelConfig) -> dict[str, int | None]:
-    """Ids of the tokenizer's special tokens; none without a tokenizer.
-
-    Raises:
-        CheckpointError: no tokenizer there, or one with more tokens than the model has rows.
-    """
-    if tokenizer_folder is None:
-        return {}
-    from transformers import AutoTokenizer
-
-    path = Path(tokenizer_folder)
-    if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"--tokenizer-model {path} has no tokenizer.json to put beside the exported weights")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
-        raise CheckpointError(f"--tokenizer-model {path} cannot be read: {error}") from error
-    if len(tokenizer) > (model.vocab_size or 0):
-        raise CheckpointError(
-            f"--tokenizer-model {path} has {len(tokenizer)} tokens, the model's --vocab-size is {model.vocab_size}"
-        )
-    return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-def _copy_tokenizer(tokenizer_folder: str | Path | None, target: Path) -> None:
-    if tokenizer_folder is None:
-        return
-    for name in _TOKENIZER_FILES:
-        source = Path(tokenizer_folder) / name
-        if source.is_file():
-            shutil.copyfile(source, target / name)

@@ -49,6 +49,16 @@ class Entry:
         """Whether each layer has one of it."""
         return "{layer}" in self.mcore
 
+    @property
+    def stored(self) -> str:
+        """Name in a distributed checkpoint, the same for both specs: there the layers are an axis of the tensor."""
+        return (self.fused or self.mcore).replace("{layer}.", "")
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Names by which a distributed checkpoint may store it."""
+        return tuple(dict.fromkeys((self.stored, self.mcore.replace("{layer}.", ""))))
+
 
 _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
@@ -189,6 +199,12 @@ def llama_shape(model: ModelConfig) -> LlamaShape:
 def padded_query_groups(num_query_groups: int, tp_size: int) -> int:
     """Smallest number of query groups that `tp_size` divides (ours; the added groups are zero)."""
     return -(-num_query_groups // tp_size) * tp_size
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
+    """Smallest multiple of `divisible_by * tp_size` that holds the vocabulary (as in Megatron-LM)."""
+    unit = divisible_by * tp_size
+    return -(-vocab_size // unit) * unit
 
 
 def slots(shape: LlamaShape) -> Iterator[Slot]:

@@ -31,7 +31,7 @@ def require_safetensors(folder: Path) -> None:
         CheckpointError: no folder, or only formats that are not read (pickled .bin, GGUF).
     """
     if not folder.is_dir():
-        raise CheckpointError(f"--load {folder}: no such folder")
+        raise CheckpointError(f"{folder}: no such folder")
     if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
         return
     for pattern, why in (
@@ -82,15 +82,25 @@ class SafetensorsFolder:
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / file} has no tensor {name}, though the index says so") from error
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of one tensor.
+
+        Raises:
+            CheckpointError: it is not there, or no floating point type that is read.
+        """
+        found = self.lazy(name).get_dtype()
+        for dtype, code in _DTYPE_CODES.items():
+            if code == found:
+                return dtype
+        raise CheckpointError(f"{self.folder}: tensor {name} has type {found}; only F32, BF16 and F16 are read")
+
     def require_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse the folder unless each named tensor is there with its shape and a floating point type."""
         for name, expected in shapes.items():
-            view = self.lazy(name)
-            found, dtype = tuple(view.get_shape()), view.get_dtype()
+            found = tuple(self.lazy(name).get_shape())
             if found != expected:
                 raise CheckpointError(f"{self.folder}: tensor {name} has shape {found}, config.json means {expected}")
-            if dtype not in _DTYPE_CODES.values():
-                raise CheckpointError(f"{self.folder}: tensor {name} has type {dtype}; only F32, BF16 and F16 are read")
+            self.dtype(name)
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
@@ -136,7 +146,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        for path in temporary.iterdir():
+        for path in temporary.rglob("*"):
             _sync(path)
         _sync(temporary)
         temporary.rename(final)

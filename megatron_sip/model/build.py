@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sip.checkpoint.hf_names import llama_shape, padded_query_groups
+from megatron_sip.checkpoint.hf_names import llama_shape, padded_query_groups, padded_vocab_size
 from megatron_sip.checkpoint.hf_tensors import zero_padded_groups
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.stages import uneven_ends
@@ -43,12 +42,6 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
-    """Smallest multiple of `divisible_by * tp_size` that holds the vocabulary."""
-    unit = divisible_by * tp_size
-    return math.ceil(vocab_size / unit) * unit
 
 
 def use_transformer_engine(config: ModelConfig) -> bool:
