@@ -2,7 +2,9 @@
 
 torchrun check_hf_model.py TP PP FOLDER...
 
-Each folder holds a Llama and `expected.pt`: {"tokens": [batch, seq], "logits": [batch, seq, vocab]}.
+Each folder holds a Llama and `expected.pt`: {"tokens": [batch, seq], "logits": [batch, seq, vocab]}. Beside the Llama
+there may be checkpoints that were converted from it, `mcore-tp1` and `mcore-tp2`: those whose query groups are padded
+as this layout needs them must give the policy the same bits, and the logits are taken from one of them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from safetensors.torch import load_file
 
 from megatron_sip.checkpoint.hf import export_hf, load_hf_weights
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
-from megatron_sip.config.groups import Config, ParallelConfig
+from megatron_sip.config.groups import Config, ParallelConfig, TrainingConfig
+from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel import world as world_module
 from megatron_sip.parallel.world import World
 
@@ -62,16 +65,45 @@ def stays_in_the_vocabulary(policy: torch.nn.Module, world: World, tokens: torch
     assert len(drawn.unique()) > 100
 
 
+def load_converted(folder: Path, config: Config, world: World, expected: dict[str, torch.Tensor]) -> list[PolicyModel]:
+    """Policies that were filled from the checkpoints beside the folder; each has the parameters of `expected`."""
+    from megatron_sip.checkpoint import dist as dist_checkpoint
+    from megatron_sip.checkpoint.convert_layout import padding_mismatch
+    from megatron_sip.config.run_config import load_run_config
+    from megatron_sip.training.assemble import build_trainer
+
+    loaded = []
+    for converted in sorted(folder.glob("mcore-tp*/iter_0000000")):
+        stored = load_run_config(converted / "run_config.yaml")
+        if padding_mismatch(stored, config, converted) is not None:
+            continue
+        with torch.enable_grad():  # megatron-core hooks into the graph
+            trainer = build_trainer(config, world)
+        dist_checkpoint.load(converted, world, trainer, lambda text: None, weights_only=True)
+        parameters = dict(trainer.policy.named_parameters())
+        assert parameters.keys() == expected.keys()
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, expected[name]), f"{converted}: {name}"
+        loaded.append(trainer.policy.eval())
+    return loaded
+
+
 @torch.no_grad()
 def check(folder: Path, world: World, parallel: ParallelConfig) -> None:
     """Load, compare the logits, export, compare the weights."""
     from megatron_sip.model.build import build_policy, first_layer
 
     model = model_config_from_hf(folder)
-    policy = build_policy(Config(model=model, parallel=parallel), world).eval()
+    config = Config(model=model, parallel=parallel, training=TrainingConfig(objective="ntp"))
+    policy = build_policy(config, world).eval()
     parameters = dict(policy.named_parameters())
     place = {"tp_rank": world.tp_rank, "first_layer": first_layer(policy)}
     load_hf_weights(folder, parameters, model, tp_size=world.tp_size, **place)
+    converted = load_converted(folder, config, world, parameters)
+    if converted:
+        policy = converted[-1]
+        if world.is_main:
+            print(f"{folder.name}: {len(converted)} converted checkpoints hold the same bits", flush=True)
     expected = torch.load(folder / "expected.pt")
     logits = all_logits(policy, world, expected["tokens"], model.vocab_size)
     if logits is not None:
