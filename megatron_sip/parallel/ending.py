@@ -1,11 +1,9 @@
-"""Ending a process at once, and ending with the process that started it."""
+"""Ending a process at once, with a status that tells why; and what the kernel tells of other processes."""
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,7 +20,6 @@ NOT_AGREED = 4
 ORPHANED = 5
 """The launcher ended, or its store."""
 
-_PR_SET_PDEATHSIG = 1
 _FLUSH_SECONDS = 1.0
 
 
@@ -36,7 +33,7 @@ def end_now(status: int) -> NoReturn:
     flush = threading.Thread(target=_flush, daemon=True)
     flush.start()
     flush.join(_FLUSH_SECONDS)
-    # Processes of megatron-core's checkpoint writer; nothing else would end them.
+    # A library's helper processes; nothing else would end them.
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)
@@ -45,12 +42,6 @@ def end_now(status: int) -> NoReturn:
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-
-
-def end_with_parent() -> None:
-    """Let Linux end this process when the thread that started it ends; for helper processes of a rank."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def started_at(pid: int) -> str | None:

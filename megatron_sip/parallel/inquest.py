@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import linecache
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 
 from megatron_sip.parallel.ending import started_at
@@ -67,14 +67,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself: its place, and what its main thread does.
+    """What a rank says of itself: its place and, where it was asked, what its main thread does.
 
     `waiting`: in a collective or for the device, so for another rank perhaps. `done`: it leaves by itself.
     """
 
     place: Place
-    waiting: bool
-    line: str
+    waiting: bool = False
+    line: str = ""
     done: bool = False
 
     def dumps(self) -> str:
@@ -95,14 +95,21 @@ def standing(frame: FrameType | None) -> tuple[bool, str]:
     if frame is None:
         return False, "no frame"
     file = frame.f_code.co_filename
-    line = linecache.getline(file, frame.f_lineno)
-    waiting = any(part in file for part in _COLLECTIVES) or any(part in line for part in _WAITS)
+    waiting = any(part in file for part in _COLLECTIVES) or any(part in _line(frame) for part in _WAITS)
     outer: FrameType | None = frame
     while outer is not None and "/torch/" in outer.f_code.co_filename:
         outer = outer.f_back
     shown = outer or frame
     name = "/".join(shown.f_code.co_filename.split("/")[-3:])
     return waiting, f"{name}:{shown.f_lineno} in {shown.f_code.co_name}"
+
+
+def _line(frame: FrameType) -> str:
+    """The source line of a frame; past `linecache`, which the main thread may be changing."""
+    try:
+        return Path(frame.f_code.co_filename).read_text(errors="replace").splitlines()[frame.f_lineno - 1]
+    except (OSError, IndexError):
+        return ""  # not from a file
 
 
 @dataclass(frozen=True)
@@ -137,12 +144,10 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def hang_text(finding: Finding, reports: Mapping[int, Report], homes: Mapping[int, Home], alarm: str) -> str:
-    """The sentence about a run that does not move."""
+    """The sentence about a run that does not move. `reports` are those of the ranks that answered."""
     if not finding.ranks:
         lines = "; ".join(f"rank {rank} in {report.place}: {report.line}" for rank, report in sorted(reports.items()))
         return f"{alarm}: {finding.what}: {lines}"
     first = finding.ranks[0]
-    text = f"{alarm}: {ranks_text(finding.ranks)} ({homes[first]})" if first in homes else alarm
-    if first in reports:
-        text += f" in {reports[first].place}"
-    return f"{text} {finding.what}"
+    text = f"{alarm}: {ranks_text(finding.ranks)} ({homes[first]}) {finding.what}"
+    return f"{text}, in {reports[first].place}" if first in reports else text

@@ -11,8 +11,11 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+
+from torch.distributed import DistError
 
 from megatron_sip.parallel.ending import FAILED, HUNG, ORPHANED, is_stopped, say
 from megatron_sip.parallel.inquest import Finding, Home, Report, find_fault, hang_text
@@ -49,9 +52,12 @@ class Alarm:
 
 
 class Post:
-    """This rank's end of the store. `report` describes the rank; `on_verdict` hears of the verdict, once."""
+    """This rank's end of the store. `report` describes the rank, its main thread too if it is given True;
+    `on_verdict` hears of the verdict, once."""
 
-    def __init__(self, meeting: Meeting, report: Callable[[], Report], on_verdict: Callable[[Verdict], None]) -> None:
+    def __init__(
+        self, meeting: Meeting, report: Callable[[bool], Report], on_verdict: Callable[[Verdict], None]
+    ) -> None:
         self.rank, self.size = meeting.rank, meeting.size
         self.verdict: Verdict | None = None
         self._meeting, self._report, self._on_verdict = meeting, report, on_verdict
@@ -107,14 +113,20 @@ class Post:
                 self._round()
                 self._wake.wait(PERIOD)
                 self._wake.clear()
-            self._store.set(f"report/{self.rank}", replace(self._report(), done=True).dumps())
-        except RuntimeError as error:  # torch's errors of a lost store
+            self._store.set(f"report/{self.rank}", replace(self._report(False), done=True).dumps())
+        except DistError as error:
+            # At the end of a run its first rank, or its launcher, may take the store along.
             if not self._closing.wait(_CALL_SECONDS):
-                text = f"the store of the launcher is gone ({str(error).splitlines()[0][:200]}); its node ended"
+                text = f"the launcher's store is gone: {str(error).splitlines()[0][:200]}"
+                say(f"megatron_sip: error: rank {self.rank} ends: {text}")
                 self._on_verdict(Verdict(text, ORPHANED, author=self.rank))
+        except Exception:
+            # A fault of ours shall not end a training run; its deadlines stay, each rank's own.
+            traceback.print_exc()
+            say(f"megatron_sip: rank {self.rank} no longer hears of the others' faults; see the traceback")
 
     def _round(self) -> None:
-        self._store.set(f"report/{self.rank}", self._report().dumps())
+        self._store.set(f"report/{self.rank}", self._report(False).dumps())
         if self.verdict is None and self._store.check(["verdict"]):
             self.verdict = _verdict(self._store.get("verdict"))
         if self.verdict is None:
@@ -132,16 +144,13 @@ class Post:
             if home.alive:
                 continue
             del self._neighbours[rank]
-            key = f"report/{rank}"
-            last = Report.loads(self._store.get(key)) if self._store.check([key]) else None
+            last = self._last_report(rank)
             if last is not None and last.done:
                 continue
             if home.group == home.pid != os.getpgid(0):
                 _end_group(home.group)
-            where = f", last heard of in {last.place}" if last else ""
-            self.accuse(
-                Verdict(f"rank {rank} is gone ({home} was killed or crashed){where}; all ranks end", FAILED, (rank,))
-            )
+            text = f"rank {rank} is gone ({home} was killed or crashed){self._last_words(rank)}; all ranks end"
+            self.accuse(Verdict(text, FAILED, (rank,)))
             return
 
     def _hear_alarm(self) -> None:
@@ -151,7 +160,7 @@ class Post:
             return
         if not self._answered:
             self._answered = True
-            self._store.set(f"answer/{self.rank}", self._report().dumps())
+            self._store.set(f"answer/{self.rank}", self._report(True).dumps())
         if self._store.compare_set("arbiter", "", str(self.rank)) == str(self.rank).encode():
             self._decide(Alarm(**json.loads(self._store.get("alarm"))))
 
@@ -168,7 +177,9 @@ class Post:
                 break
             time.sleep(0.1)
         finding = find_fault(reports, self.size)
-        text = hang_text(self._told_apart(finding), self._with_silent(reports, finding), self.homes, alarm.text)
+        text = hang_text(self._told_apart(finding), reports, self.homes, alarm.text)
+        if finding.ranks and finding.ranks[0] not in reports:
+            text += self._last_words(finding.ranks[0])
         text = f"{text}; {alarm.advice}" if alarm.advice else text
         silent = any(rank not in reports for rank in finding.ranks)
         self.accuse(Verdict(text, alarm.status, finding.ranks, silent))
@@ -180,13 +191,14 @@ class Post:
             return replace(finding, what="is stopped (SIGSTOP)")
         return finding
 
-    def _with_silent(self, reports: dict[int, Report], finding: Finding) -> dict[int, Report]:
-        """The reports, with the last words of those that do not answer."""
-        last = {}
-        for rank in finding.ranks:
-            if rank not in reports and self._store.check([f"report/{rank}"]):
-                last[rank] = Report.loads(self._store.get(f"report/{rank}"))
-        return {**reports, **last}
+    def _last_report(self, rank: int) -> Report | None:
+        key = f"report/{rank}"
+        return Report.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def _last_words(self, rank: int) -> str:
+        """Where a rank that tells no more was `PERIOD` before, or less."""
+        last = self._last_report(rank)
+        return f", last heard of in {last.place}" if last else ""
 
     def _end_silent(self, verdict: Verdict) -> None:
         """Force those at fault on this machine that hear nothing, such as stopped processes."""

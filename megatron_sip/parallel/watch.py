@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 
+from torch.distributed import DistError
+
 from megatron_sip.errors import SipError
 from megatron_sip.parallel.ending import FAILED, HUNG, NOT_AGREED, ORPHANED, REFUSED, end_now, say
 from megatron_sip.parallel.inquest import Place, Report, standing
@@ -175,21 +177,28 @@ class StageWatch:
         if self._post is not None:
             try:
                 return self._post.accuse(verdict)
-            except RuntimeError as error:
+            except DistError as error:
                 say(f"megatron_sip: the other ranks could not be told: {error}")
         if self._post is not None or self._rank == 0 or verdict.status != REFUSED:
             say(f"megatron_sip: error: {verdict.text}" if verdict.status else f"> {verdict.text}")
         return True
+
+    def _accuse_within(self, seconds: float, verdict: Verdict) -> None:
+        """Give a verdict from a thread that must not wait for the store."""
+        thread = threading.Thread(target=self._accuse, args=(verdict,), daemon=True)
+        thread.start()
+        thread.join(seconds)
 
     def _await_verdict(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while self._post is not None and self._post.verdict is None and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _report(self) -> Report:
-        now = self._standing
-        waiting, line = standing(sys._current_frames().get(self._main))
-        return Report(now.place, waiting, line)
+    def _report(self, in_full: bool) -> Report:
+        place = self.place
+        if not in_full:
+            return Report(place)
+        return Report(place, *standing(sys._current_frames().get(self._main)))
 
     def _on_verdict(self, verdict: Verdict) -> None:
         """Another rank, or the post of this one, found the end of the run; on the thread of the post."""
@@ -214,16 +223,17 @@ class StageWatch:
     def _look(self) -> None:
         """One look at what may end this process; nothing here waits for another rank."""
         if self.stop.again is not None:
-            if self._rank == 0:
-                say(f"megatron_sip: a second {self.stop.again.name}: the run ends at once, nothing more is saved")
+            text = f"a second {self.stop.again.name}: the run ends at once, nothing more is saved"
+            self._accuse_within(1.0, Verdict(text, 128 + self.stop.again))
             end_now(128 + self.stop.again)
         if os.getppid() != self._parent:
             if self._rank == 0:
                 say("megatron_sip: error: the launcher ended without a word; the ranks end too")
             end_now(ORPHANED)
-        if not self._stepping and not self._ending and self.stop.seconds > _PATIENCE / 2:
-            # By now the post knows if it was only the launcher's answer to the death of a rank.
-            self._accuse(Verdict(f"stopped by {self.stop.reason} before the first step; there is nothing to save", 0))
+        if not self._stepping and not self._ending and self.stop.seconds > _PATIENCE:
+            # By now the post would have known if it was only the launcher's answer to the death of a rank.
+            text = f"stopped by {self.stop.reason} before the first step; there is nothing to save"
+            self._accuse_within(5.0, Verdict(text, 0))
             end_now(0)
         alarm = None if self._ending and self.place.stage != "report" else self._alarm()
         if alarm is None:
@@ -244,7 +254,8 @@ class StageWatch:
         now, place = time.monotonic(), self.place
         asked = None if self._agreed or self._ending else self.stop.requested_at
         limit = self.grace + AGREE_SECONDS
-        if asked is not None and place.stage != "save" and now - asked > limit:
+        saving = place.stage == "save" and self._depth > 0
+        if asked is not None and not saving and now - asked > limit:
             return Alarm(
                 f"the ranks did not agree to stop within {limit:.0f} s of {self.stop.reason} "
                 f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}), and nothing is saved",
@@ -256,7 +267,7 @@ class StageWatch:
                 f"no progress for {limit:.0f} s in {place}",
                 HUNG,
                 "resume from the last checkpoint; if it was only slow, raise "
-                f" --stage-timeout {place.stage}={limit:.0f}",
+                f"--stage-timeout {place.stage}={limit:.0f}",
             )
         return None
 

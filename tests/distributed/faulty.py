@@ -1,0 +1,108 @@
+"""Launches `fault_main.py` and measures how long its ranks live on behind a fault."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from spawn import ROOT, free_port, worker_environment
+
+Attempts = Sequence[Sequence[dict[str, Any]]]
+START_SECONDS = 240.0
+"""From a launch or a restart to a fault, on a busy machine."""
+_TOKEN = "SIP_FAULT_RUN"
+
+
+class Faulty:
+    """One torchrun over ranks with faults; `attempts` as in `fault_main.py`."""
+
+    def __init__(
+        self, folder: Path, ranks: int, attempts: Sequence[Sequence[dict[str, Any]]], flags: Sequence[str]
+    ) -> None:
+        self.folder, self.ranks, self.token = folder, ranks, uuid.uuid4().hex
+        self.log = folder / "output.txt"
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        launch += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", f"--max-restarts={len(attempts) - 1}"]
+        plan = json.dumps({"folder": str(folder), "attempts": list(attempts)})
+        command = [*launch, str(Path(__file__).with_name("fault_main.py")), plan, *flags]
+        with self.log.open("w") as out:
+            environment = worker_environment(**{_TOKEN: self.token})
+            self.agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+
+    def said(self) -> str:
+        """All its output."""
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """What lives of the ranks and of what they started."""
+        return [one for one in psutil.process_iter() if one.pid != self.agent.pid and self._owns(one) and alive(one)]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(_TOKEN) == self.token
+        except psutil.Error:
+            return False
+
+    def pids(self, attempt: int) -> list[int]:
+        """The ranks of an attempt."""
+        return [int((self.folder / f"{attempt}.{rank}").read_text()) for rank in range(self.ranks)]
+
+    def fault_time(self, attempt: int) -> float:
+        """Wait for the fault of an attempt; when it came."""
+        note = self.folder / f"{attempt}.fault"
+        self.until(note.exists, f"the fault of start {attempt}", START_SECONDS)
+        return float(note.read_text())
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
+        """Poll until `condition` holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"{what} did not come within {seconds:.0f} s:\n{self.said()[-6000:]}"
+            time.sleep(0.02)
+
+    def gone(self, attempt: int, since: float, within: float) -> float:
+        """Wait until no rank of an attempt is left; seconds since the fault."""
+        ranks = [psutil.Process(pid) for pid in self.pids(attempt) if psutil.pid_exists(pid)]
+        left = within - (time.time() - since)
+        self.until(lambda: not any(alive(one) for one in ranks), f"the end of all ranks of start {attempt}", left)
+        return time.time() - since
+
+    def end(self) -> None:
+        """Leave nothing running."""
+        for process in self.processes():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        if self.agent.poll() is None:
+            self.agent.kill()
+        self.agent.wait(30)
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that only waits to be reaped does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def launched(
+    folder: Path, ranks: int, attempts: Sequence[Sequence[dict[str, Any]]], flags: Sequence[str]
+) -> Iterator[Faulty]:
+    """A launch of which nothing is left behind the context."""
+    folder.mkdir(parents=True, exist_ok=True)
+    launch = Faulty(folder, ranks, attempts, flags)
+    try:
+        yield launch
+    finally:
+        launch.end()

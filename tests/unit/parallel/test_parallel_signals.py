@@ -1,0 +1,80 @@
+"""Requests to stop, heard while the main thread does something else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_sip.parallel import signals
+from megatron_sip.parallel.signals import StopSignal
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The handlers of the test runner, put back."""
+    kept = {number: signal.getsignal(number) for number in signals.HANDLED}
+    wakeup = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_nothing_is_asked_at_first() -> None:
+    stop = StopSignal(None)
+    assert not stop()
+    assert stop.seconds == 0
+    assert stop.again is None
+
+
+@pytest.mark.parametrize("number", signals.HANDLED)
+def test_a_signal_is_a_request(number: signal.Signals) -> None:
+    stop = StopSignal(None)
+    os.kill(os.getpid(), number)
+    assert stop()
+    assert stop.reason == number.name
+    assert 0 <= stop.seconds < 5
+    assert stop.again is None
+
+
+def test_signals_at_once_are_one_request_and_a_later_one_insists(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    stop = StopSignal(None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.listen()
+    now[0] += signals.ONE_REQUEST / 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.listen()
+    assert stop.again is None
+    now[0] += signals.ONE_REQUEST
+    os.kill(os.getpid(), signal.SIGINT)
+    stop.listen()
+    assert stop.again is signal.SIGINT
+    assert stop.reason == "SIGTERM"
+    assert stop.requested_at == 100.0
+
+
+def test_the_time_limit_is_a_request_from_its_moment_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    stop = StopSignal(0.5)
+    assert not stop()
+    now[0] += 32
+    assert stop()
+    assert stop.seconds == 2
+    assert stop.reason == "--exit-duration-in-mins"
+
+
+def test_listening_returns_as_soon_as_a_signal_comes() -> None:
+    stop = StopSignal(None)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    began = time.monotonic()
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.listen(30)
+    assert time.monotonic() - began < 10
+    assert stop()
