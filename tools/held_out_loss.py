@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from megatron_sip.config.numbers import whole_number
 from megatron_sip.data.documents import Corpus, open_corpus
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import DataError, SipError
@@ -34,10 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-path", required=True, help="corpus prefix that the unigram model is counted on")
     parser.add_argument("--data-path", required=True, help="held-out corpus prefix")
     parser.add_argument("--tokenizer-model", required=True, help="folder with tokenizer.json")
-    parser.add_argument("--seq-length", type=int, default=256, help="tokens of a window (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=100_000, help="at most this many tokens of --data-path")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows at once")
-    parser.add_argument("--num-threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--seq-length", type=whole_number(2), default=256, help="tokens of a window (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=whole_number(1), default=100_000, help="at most this many tokens of --data-path"
+    )
+    parser.add_argument("--batch-size", type=whole_number(1), default=16, help="windows at once")
+    parser.add_argument("--num-threads", type=whole_number(1), default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     parser.add_argument("--require-below-unigram", action="store_true", help="fail where the policy is not better")
     return parser
@@ -97,9 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SipError as error:
         print(f"held_out_loss: {error}", file=sys.stderr)
         return 1
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"held-out loss on {result['tokens']} tokens: policy {result['policy']:.4f}, unigram {result['unigram']:.4f}")
+    if args.out:
+        try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            print(f"held_out_loss: cannot write {args.out} ({error.strerror}); give another --out", file=sys.stderr)
+            return 1
     if args.require_below_unigram and result["policy"] >= result["unigram"]:
         print("held_out_loss: the policy is no better than the unigram model; train it longer", file=sys.stderr)
         return 1

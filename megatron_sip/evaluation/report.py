@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,17 +110,31 @@ def as_json(report: Report) -> dict[str, Any]:
     return {**asdict(report), "remarks": remarks(report)}
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report. ConfigError if it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(folder, error.strerror) from error
+    if not os.access(folder, os.W_OK):
+        raise _refused(folder, "no right to write")
+
+
 def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
     """Write report.json and report.md into `folder`; returns their paths. ConfigError if it cannot be written."""
     target = Path(folder)
+    make_folder(target)
+    data, page = target / "report.json", target / "report.md"
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        data, page = target / "report.json", target / "report.md"
         data.write_text(json.dumps(as_json(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         page.write_text(markdown(report), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write the report to {target} ({error.strerror}); give another folder") from error
+        raise _refused(target, error.strerror) from error
     return data, page
+
+
+def _refused(folder: Path, reason: str | None) -> ConfigError:
+    return ConfigError(f"cannot write the report to {folder} ({reason}); give another folder with --out")
 
 
 def _quality_grid(comparison: Comparison) -> Grid:

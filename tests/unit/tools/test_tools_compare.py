@@ -13,6 +13,8 @@ import torch
 from fake_server import FakeServer
 from tiny_corpus import documents, make_corpus
 
+from tools import compare, held_out_loss
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -102,6 +104,32 @@ def test_a_server_that_refuses_ends_the_comparison_with_one_line(place: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--batch-size", "--judge-concurrency", "--num-prefixes", "--judge-timeout"])
+def test_numbers_that_nothing_can_be_done_with_are_refused_by_their_flag(
+    capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    needed = [("--arm", "a=b"), ("--tokenizer-model", "t"), ("--held-out", "h"), ("--judge-url", "u"), ("--out", "o")]
+    with pytest.raises(SystemExit):
+        compare.main([word for pair in needed for word in pair] + ["--trained-with", "none", flag, "0"])
+    assert f"argument {flag}: 0 is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--classifiers-dir", "/nowhere"], "--classifiers-dir /nowhere"),
+        (["--out", "/proc/none/report"], "/proc/none"),
+    ],
+)
+def test_what_is_missing_at_the_end_is_told_at_the_beginning(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with FakeServer() as server:
+        assert compare.main([*flags_of(place, server.url, tmp_path / "out"), *flags]) == 1
+        assert server.requests == [], "nobody was judged for nothing"
+    assert message in capsys.readouterr().err
+
+
 def test_held_out_loss_prints_both_and_refuses_an_untrained_policy(place: Path, tmp_path: Path) -> None:
     corpus = str(place / "corpus_text_document")
     done = tool(
@@ -116,6 +144,16 @@ def test_held_out_loss_prints_both_and_refuses_an_untrained_policy(place: Path, 
     assert re.search(r"policy 5\.\d+, unigram [34]\.\d+", done.stdout)
     assert losses["policy"] == pytest.approx(5.77, abs=0.05)  # log 320: it knows nothing
     assert losses["tokens"] % 31 == 0
+
+
+def test_a_file_that_cannot_be_written_takes_no_number_with_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = str(place / "corpus_text_document")
+    flags = ["--model", str(place / "base"), "--train-path", corpus, "--data-path", corpus, "--max-tokens", "400"]
+    flags += ["--tokenizer-model", str(place / "tokenizer"), "--seq-length", "32", "--out", "/proc/none/loss.json"]
+    assert held_out_loss.main(flags) == 1
+    said = capsys.readouterr()
+    assert "held-out loss on" in said.out
+    assert "held_out_loss: cannot write /proc/none/loss.json" in said.err
 
 
 def test_check_server_names_the_model_or_the_cause() -> None:
