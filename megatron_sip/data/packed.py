@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_sip.data.cursor import Ranges, sample_indices
 from megatron_sip.data.documents import Corpus
 from megatron_sip.data.order import Purpose, epoch_permutation, rank_share
 from megatron_sip.data.resume import check_same
@@ -62,14 +63,15 @@ class PackedStream:
         """The epoch of a sample."""
         return sample_index // self.samples_per_epoch
 
-    def batch(self, consumed_samples: int, dp_rank: int = 0, dp_size: int = 1) -> list[Cut]:
-        """This rank's windows of the global batch that follows `consumed_samples`.
+    def batch(self, consumed_samples: int, dp_rank: int = 0, dp_size: int = 1, jumped: Ranges = ()) -> list[Cut]:
+        """This rank's windows of the global batch that follows `consumed_samples`; `jumped` ones are left out.
 
         Raises:
             ConfigError: the global batch does not divide over `dp_size`.
         """
         share = rank_share(self._batch_size, dp_rank, dp_size)
-        return [self.window(consumed_samples + place) for place in share]
+        indices = sample_indices(consumed_samples, self._batch_size, jumped)
+        return [self.window(indices[place]) for place in share]
 
     def window(self, sample_index: int) -> Cut:
         """The window with this global sample index."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_sip.config.groups import DataConfig
+from megatron_sip.data.cursor import Ranges, sample_indices
 from megatron_sip.data.cut import CutRule, nominal_position, prefix_start, settle_position
 from megatron_sip.data.documents import Corpus, inner_eod_message
 from megatron_sip.data.index import CutIndex, load_or_build
@@ -71,15 +72,18 @@ class CutStream:
         """The epoch of a sample."""
         return sample_index // self.samples_per_epoch
 
-    def batch(self, consumed_samples: int, dp_rank: int = 0, dp_size: int = 1) -> list[Cut]:
+    def batch(self, consumed_samples: int, dp_rank: int = 0, dp_size: int = 1, jumped: Ranges = ()) -> list[Cut]:
         """This rank's cuts of the global batch behind `consumed_samples`; the ranks' lists in order are the whole.
+
+        `jumped` samples are never taken, nor counted as consumed.
 
         Raises:
             ConfigError: the global batch does not divide over `dp_size`.
             DataError: a document holds end-of-document inside.
         """
         share = rank_share(self._batch_size, dp_rank, dp_size)
-        return [self.cut(consumed_samples + place) for place in share]
+        indices = sample_indices(consumed_samples, self._batch_size, jumped)
+        return [self.cut(indices[place]) for place in share]
 
     def cut(self, sample_index: int) -> Cut:
         """The cut with this global sample index."""

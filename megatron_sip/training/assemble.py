@@ -16,6 +16,7 @@ from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.presets import resolve_model, with_preset
 from megatron_sip.config.run_config import load_run_config
+from megatron_sip.data.cursor import Ranges
 from megatron_sip.data.documents import Corpus, open_corpus
 from megatron_sip.data.packed import PackedStream
 from megatron_sip.data.stream import CutStream
@@ -36,8 +37,8 @@ from megatron_sip.types import Cut
 class Stream(Protocol):
     """What the loop needs of a stream of samples; its position is the loop's count of consumed samples."""
 
-    def batch(self, consumed_samples: int, dp_rank: int = 0, dp_size: int = 1) -> list[Cut]:
-        """This rank's share of the next global batch."""
+    def batch(self, consumed_samples: int, dp_rank: int = 0, dp_size: int = 1, jumped: Ranges = ()) -> list[Cut]:
+        """This rank's share of the next global batch; `jumped` samples are left out."""
         ...
 
     def skipped(self) -> dict[str, int]:
