@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,19 +20,42 @@ class JsonlWriter:
     file of an earlier one: that is renamed to `<name>.1`, `.2` and so on.
     """
 
-    def __init__(self, path: str | Path, *, start_iteration: int = 0, flag: str) -> None:
-        """Open `path` for append. ConfigError, naming `flag`, if it cannot be written."""
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        start_iteration: int = 0,
+        flag: str,
+        cut: Callable[[Path, int], object] | None = None,
+        durable: bool = False,
+    ) -> None:
+        """Open `path` for append. ConfigError, naming `flag`, if it cannot be written.
+
+        `cut(path, iteration)` takes out what lies beyond an iteration; default `drop_after`. `durable` records are on
+        the disk when `write` returns; others survive the end of the process, not that of the machine.
+        """
         self.path = Path(path)
-        self._flag = flag
+        self._flag, self._cut, self._durable = flag, cut or drop_after, durable
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if start_iteration > 0:
-                drop_after(self.path, start_iteration)
+                self._cut(self.path, start_iteration)
             elif self.path.exists() and self.path.stat().st_size > 0:
-                _keep_aside(self.path)
+                set_aside(self.path)
             self._file: TextIO = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {self.path} ({error.strerror}); give another path with {flag}") from error
+
+    def rewind(self, iteration: int) -> None:
+        """Take out the records beyond `iteration`, which the run makes again. ConfigError if the disk refuses it."""
+        self.close()
+        try:
+            self._cut(self.path, iteration)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {self.path} ({error.strerror}); give another path with {self._flag}"
+            ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. ConfigError if the disk refuses it."""
@@ -40,6 +63,8 @@ class JsonlWriter:
         try:
             self._file.write(line)
             self._file.flush()
+            if self._durable:
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise ConfigError(
                 f"cannot write {self.path} ({error.strerror}); free some space or move it with {self._flag}"
@@ -80,14 +105,19 @@ def drop_after(path: Path, iteration: int) -> int:
         return 0
     records = list(read_jsonl(path))
     kept = [record for record in records if int(record["iteration"]) <= iteration]
+    replace_records(path, kept)
+    return len(records) - len(kept)
+
+
+def replace_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Let `path` hold `records`, as `read_jsonl` gave them; the new file replaces the old one in one step."""
     draft = path.with_name(path.name + ".tmp")
     with draft.open("w", encoding="utf-8") as target:
-        for record in kept:
+        for record in records:
             target.write(json.dumps(record, ensure_ascii=False) + "\n")
         target.flush()
         os.fsync(target.fileno())
     draft.replace(path)
-    return len(records) - len(kept)
 
 
 def decode_number(value: object) -> float:
@@ -121,7 +151,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _keep_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
+    """Rename `path` to the first free of `<name>.1`, `.2` and so on."""
     number = 1
     while path.with_name(f"{path.name}.{number}").exists():
         number += 1

@@ -98,6 +98,11 @@ class SampleLog:
             for record in records[: self._shown]:
                 self._console.print(sample_table(record, self._width), soft_wrap=False)
 
+    def rewind(self, iteration: int) -> None:
+        """Drop the records beyond `iteration`: the run went back to it."""
+        if self._writer is not None:
+            self._writer.rewind(iteration)
+
     def close(self) -> None:
         """Close the file."""
         if self._writer is not None:

@@ -31,6 +31,10 @@ class Sink(Protocol):
         """Take the metrics of one logged iteration."""
         ...
 
+    def rewind(self, iteration: int) -> None:
+        """Forget what was logged beyond `iteration`: the run went back to it."""
+        ...
+
     def close(self) -> None:
         """Flush and let go; called once."""
         ...
@@ -49,6 +53,11 @@ class Sinks:
         """Hand the metrics of one iteration to every sink."""
         for sink in self._sinks:
             sink.log(iteration, metrics)
+
+    def rewind(self, iteration: int) -> None:
+        """Have every sink forget what was logged beyond `iteration`."""
+        for sink in self._sinks:
+            sink.rewind(iteration)
 
     def close(self) -> None:
         """Close every sink, also when one of them fails; the failure is raised after the last."""
@@ -118,6 +127,9 @@ class ConsoleSink:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._console.file.flush()
 
+    def rewind(self, iteration: int) -> None:
+        """What is printed stays printed."""
+
     def close(self) -> None:
         self._console.file.flush()
 
@@ -148,6 +160,9 @@ class ProgressSink(ConsoleSink):
         super().log(iteration, metrics)
         self._progress.update(self._task, completed=iteration, description=progress_text(metrics), refresh=True)
 
+    def rewind(self, iteration: int) -> None:
+        self._progress.update(self._task, completed=iteration, refresh=True)
+
     def close(self) -> None:
         self._progress.stop()
         super().close()
@@ -175,6 +190,9 @@ class JsonlSink:
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         self._writer.write({"iteration": iteration, "unix_time": round(time.time(), 3), **metrics})
 
+    def rewind(self, iteration: int) -> None:
+        self._writer.rewind(iteration)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -183,12 +201,16 @@ class TensorboardSink:
     """Scalars as tensorboard events; a resume hides the events beyond the resumed iteration."""
 
     def __init__(self, folder: str, start_iteration: int = 0) -> None:
+        self._folder = folder
+        self._writer = self._open(start_iteration + 1 if start_iteration > 0 else None)
+
+    def _open(self, purge: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = start_iteration + 1 if start_iteration > 0 else None
+        folder = self._folder
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self._writer = SummaryWriter(folder, purge_step=purge)
+            return SummaryWriter(folder, purge_step=purge)
         except OSError as error:
             raise ConfigError(
                 f"cannot write tensorboard events to {folder} ({error.strerror}); give another folder "
@@ -199,6 +221,10 @@ class TensorboardSink:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, iteration)
         self._writer.flush()
+
+    def rewind(self, iteration: int) -> None:
+        self._writer.close()
+        self._writer = self._open(iteration + 1)
 
     def close(self) -> None:
         self._writer.close()
@@ -224,6 +250,9 @@ class WandbSink:
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=iteration)
+
+    def rewind(self, iteration: int) -> None:
+        """W&B takes no step twice: it keeps what it has and goes on where the run is beyond that."""
 
     def close(self) -> None:
         self._run.finish()
