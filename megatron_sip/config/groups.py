@@ -134,6 +134,11 @@ class TrainingConfig:
     """Weights and activations in bfloat16 with fp32 main weights; default fp32."""
     max_skipped_iterations: int = 10
     """Stop after this many non-finite steps in a row."""
+    loss_spike_threshold: float | None = None
+    """Skip a step whose loss lies this many robust standard deviations above the median of the last accepted steps (10
+    is sensible for DPO, 5 for large batches of NLL); default none: only non-finite steps are skipped."""
+    loss_spike_window: int = 64
+    """Accepted steps by which a spike is judged; none is judged before half of them."""
     exit_duration_in_mins: float | None = None
     """Save and exit after this many minutes."""
     sigterm_grace: float = 20.0

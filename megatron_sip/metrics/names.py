@@ -48,6 +48,7 @@ TRAINING: tuple[MetricSpec, ...] = (
 STEPS: tuple[MetricSpec, ...] = (
     MetricSpec("steps/skipped", "total", label="number of skipped iterations", form="3.0f"),
     MetricSpec("steps/nan", "total", label="number of nan iterations", form="3.0f"),
+    MetricSpec("steps/spike", "total", label="number of loss spikes", form=".0f", show_zero=False),
     MetricSpec("steps/without_pair", "total", label="iterations without a pair", form=".0f", show_zero=False),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from megatron_sip.model.reference import ReferencePolicy
 from megatron_sip.parallel.world import World
 from megatron_sip.preference.layout import ScoredTokens, position_ids, scored_tokens
 from megatron_sip.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_sip.training.spikes import SpikeRule
 from megatron_sip.types import PreferenceBatch
 
 
@@ -28,8 +30,9 @@ from megatron_sip.types import PreferenceBatch
 class StepResult:
     """What a step did.
 
-    `skipped` is empty, or why no update was made: "no_pairs", "non_finite". `metrics` holds (sum, count) by
-    name on the last stage's first tensor-parallel rank and is empty elsewhere.
+    `skipped` is empty, or why no update was made: "no_pairs", "non_finite", "spike". `metrics` holds (sum, count) by
+    name on the last stage's first tensor-parallel rank and is empty elsewhere. `loss` is that of the global batch,
+    the same number on all ranks; None where nothing was there to train.
     """
 
     skipped: str
@@ -37,6 +40,7 @@ class StepResult:
     metrics: dict[str, tuple[float, float]]
     reference_seconds: float
     train_seconds: float
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,23 @@ class PolicyTrainer:
         self.optimizer = build_optimizer(self.ddp, config)
         self.scheduler = build_scheduler(self.optimizer, config)
         self.reference = ReferencePolicy(policy, config.reference) if self.weights.dpo else None
+        self.spikes = SpikeRule.from_config(config.training)
+        self.recent_losses: tuple[float, ...] = ()
+        """Losses of the last accepted steps, oldest first, by which the next one is judged."""
 
     def after_weights_changed(self) -> None:
-        """Bring fp32 main weights and reference in line with weights that were just loaded into the policy."""
+        """Start anew from weights that were just loaded into the policy: main weights, optimizer state, reference."""
         self.optimizer.reload_model_params()
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            # Moments of other weights; also zeros without a step count, which a load that found none leaves behind.
+            if part.optimizer is not None:
+                part.optimizer.state.clear()
         if self.reference:
             self.reference.copy_policy()
+
+    def before_reload(self) -> None:
+        """Make ready to take a whole state from a checkpoint in the midst of a run."""
+        self.scheduler.num_steps = 0  # megatron-core adds the loaded position to the one that is there
 
     @property
     def learning_rate(self) -> float:
@@ -83,8 +98,9 @@ class PolicyTrainer:
 
         `updating` is entered around the update; where it raises on all ranks, the step leaves nothing behind.
 
-        An update is made only if the global batch has something to train and every gradient is finite;
-        otherwise neither optimizer nor schedule nor reference moves (Adam moves on zero gradients).
+        An update is made only if the global batch has something to train, its loss and every gradient are finite and
+        the loss is no spike; otherwise neither optimizer nor schedule nor reference moves (Adam moves on zero
+        gradients).
         """
         counts = self._global_counts(batch)
         if counts.of(self.weights.primary) == 0:
@@ -93,15 +109,20 @@ class PolicyTrainer:
         reference = self.reference_logps(batch) if self.reference else None
         middle = time.perf_counter()
         metrics = self.forward_backward(batch, reference, counts)
-        if not self._gradients_finite():
-            return StepResult("non_finite", None, metrics, middle - started, time.perf_counter() - middle)
+        finite, loss = self._outcome(metrics)
+        skipped = "" if finite else "non_finite"
+        if finite and self.spikes.is_spike(self.recent_losses, loss):
+            skipped = "spike"
+        if skipped:
+            return StepResult(skipped, None, metrics, middle - started, time.perf_counter() - middle, loss)
         with updating():
+            self.recent_losses = self.spikes.remember(self.recent_losses, loss)
             _, grad_norm, _ = self.optimizer.step()
             self.scheduler.step(increment=1)
             if self.reference:
                 self.reference.after_optimizer_step()
         norm = None if grad_norm is None else float(grad_norm)
-        return StepResult("", norm, metrics, middle - started, time.perf_counter() - middle)
+        return StepResult("", norm, metrics, middle - started, time.perf_counter() - middle, loss)
 
     def forward_backward(
         self, batch: PreferenceBatch, reference: ReferenceLogps | None, counts: GlobalCounts
@@ -211,12 +232,17 @@ class PolicyTrainer:
         dist.all_reduce(counts, group=self.world.dp_group)
         return GlobalCounts.from_tensor(counts)
 
-    def _gradients_finite(self) -> bool:
-        """Whether every rank's reduced gradients are finite; the same answer everywhere."""
+    def _outcome(self, metrics: dict[str, tuple[float, float]]) -> tuple[bool, float]:
+        """Whether every rank's reduced gradients and the loss are finite, and the global batch's loss.
+
+        `metrics` are this rank's own. The answer is the same on all ranks: one reduction of three numbers.
+        """
         buffers = self.ddp.buffers + self.ddp.expert_parallel_buffers
         # The largest magnitude carries any inf and nan along and needs no mask as large as the buffer.
         largest = [torch.linalg.vector_norm(buffer.grad_data, float("inf")) for buffer in buffers]
-        finite = torch.stack(largest).isfinite().all()
-        flag = finite.to("cpu", torch.int64)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.world.control_group)
-        return bool(flag)
+        finite = bool(torch.stack(largest).isfinite().all())
+        sums = torch.tensor([0.0 if finite else 1.0, *metrics.get("loss", (0.0, 0.0))], dtype=torch.float64)
+        dist.all_reduce(sums, group=self.world.control_group)
+        bad_ranks, total, count = sums.tolist()
+        loss = total / count if count else math.nan
+        return bad_ranks == 0 and math.isfinite(loss), loss
