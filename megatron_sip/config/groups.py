@@ -133,7 +133,10 @@ class TrainingConfig:
     bf16: bool = False
     """Weights and activations in bfloat16 with fp32 main weights; default fp32."""
     max_skipped_iterations: int = 10
-    """Stop after this many non-finite steps in a row."""
+    """Go back to the last checkpoint, past the samples at fault, after this many non-finite or spiking steps in a row;
+    stop where there is no checkpoint."""
+    max_rollbacks: int = 3
+    """Stop when the run has gone back to the same checkpoint this many times; 0: never go back."""
     loss_spike_threshold: float | None = None
     """Skip a step whose loss lies this many robust standard deviations above the median of the last accepted steps (10
     is sensible for DPO, 5 for large batches of NLL); default none: only non-finite steps are skipped."""
@@ -337,6 +340,8 @@ class LoggingConfig:
     """Weights & Biases run name."""
     metrics_file: str | None = None
     """JSONL file with one line of metrics per logged iteration."""
+    audit_log: str | None = None
+    """JSONL file with what became of every sample; default audit.jsonl in the folder of --save, where one is given."""
     sample_log: str | None = None
     """JSONL file with every candidate, its scores, and what was chosen and rejected."""
     sample_log_interval: int = 10

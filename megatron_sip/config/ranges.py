@@ -30,7 +30,7 @@ _AT_LEAST_ZERO = (
     *("seed", "min_lr", "sigterm_grace", "lr_warmup_iters", "weight_decay", "clip_grad", "temperature", "nll_weight"),
     *("prefix_ntp_weight", "curriculum_rollout_start", "curriculum_rollout_ramp", "curriculum_bonus"),
     *("curriculum_bonus_iters", "quality_weight", "safety_weight", "factuality_weight", "likelihood_weight"),
-    *("classifier_weight", "judge_temperature", "judge_retries", "rewriter_temperature"),
+    *("classifier_weight", "judge_temperature", "judge_retries", "rewriter_temperature", "max_rollbacks"),
 )
 _ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p")
 _ZERO_TO_ONE = ("min_answered_fraction",)

@@ -9,11 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from megatron_sip.checkpoint import dist as dist_checkpoint
+from megatron_sip.checkpoint.latest import checkpoint_folder
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.checkpoint.writer import CheckpointWriter
 from megatron_sip.config.groups import Config
 from megatron_sip.config.validate import validate
+from megatron_sip.data.cursor import ranges_of, sample_indices
 from megatron_sip.parallel import world as world_module
 from megatron_sip.parallel.leader import Leader, StopRequestedError
 from megatron_sip.parallel.watch import StageWatch
@@ -22,6 +26,7 @@ from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.training import assemble
 from megatron_sip.training.faults import Boundaries, start_watch
 from megatron_sip.training.report import Reporter
+from megatron_sip.training.rollback import Recovery
 from megatron_sip.types import Cut
 
 
@@ -76,7 +81,11 @@ class Run:
             self.progress = together(
                 lambda: assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
             )
-        together(lambda: reporter.start(self.progress.iteration))
+        self._stand_at(self.progress)
+        self.recovery = Recovery(self.config.training)
+        if self.config.checkpoint.load and self.progress.iteration:
+            self.recovery.checkpoint_at(Path(self.config.checkpoint.load), self.progress.iteration)
+        together(lambda: reporter.start(self.progress))
         self.maker = assemble.build_maker(
             self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
         )
@@ -93,7 +102,10 @@ class Run:
                 iteration += 1
                 self._advance(iteration)
                 self._follow(self.writer.poll)
-                if self._save_is_due(iteration):
+                if self.recovery.stuck:
+                    upcoming = self._roll_back(reporter)
+                    iteration = self.progress.iteration
+                elif self._save_is_due(iteration):
                     self._save()
             if iteration < self.config.training.train_iters:
                 reporter.say(f"stopping after iteration {iteration}: {self.watch.stop.reason}")
@@ -101,6 +113,10 @@ class Run:
             what = f"{self.watch.stop.reason}; the step in {self.watch.place} is discarded"
             reporter.say(f"stopping after iteration {iteration}: {what}")
         self.watch.stop_agreed()
+        if iteration < self.config.training.train_iters:
+            # Amid bad steps: as of the last step before them, so that a resume repeats them.
+            self.progress = self.calm
+        iteration = self.progress.iteration
         if self.config.checkpoint.save and iteration > started_at and self.writer.last_begun != iteration:
             self._save()
         self._follow(self.writer.finish)
@@ -125,6 +141,8 @@ class Run:
         with self.watch.stage("report", iteration + 1, samples):
             reporter.step(iteration + 1, consumed, learning_rate, preferences, result, seconds)
             self.leader.together(reporter.write)
+        taken = sample_indices(self.progress.consumed_samples, len(cuts) * self.world.dp_size, self.progress.jumped)
+        self.recovery.observe(iteration + 1, result.skipped, ranges_of(taken))
         return upcoming
 
     @contextmanager
@@ -149,23 +167,60 @@ class Run:
 
     def cuts(self, consumed_samples: int) -> list[Cut]:
         """This rank's share of the global batch behind `consumed_samples`."""
-        world = self.world
+        world, jumped = self.world, self.progress.jumped
         with self.watch.stage("data"):
-            return self.leader.together(lambda: self.data.stream.batch(consumed_samples, world.dp_rank, world.dp_size))
+            return self.leader.together(
+                lambda: self.data.stream.batch(consumed_samples, world.dp_rank, world.dp_size, jumped)
+            )
 
     def _advance(self, iteration: int) -> None:
         """Count the samples of a finished step; only here does the stream move."""
         consumed = self.progress.consumed_samples + self.config.training.global_batch_size
-        self.progress = Progress(iteration, consumed, self.data.stream.state_dict(consumed))
+        stream = self.data.stream.state_dict(consumed)
+        self.progress = Progress(iteration, consumed, stream, self.progress.jumped, self.trainer.recent_losses)
+        if self.recovery.calm:
+            self.calm = self.progress
+
+    def _stand_at(self, progress: Progress) -> None:
+        """Go on from a state that was loaded."""
+        self.progress = self.calm = progress
+        self.saved_at = progress.iteration
+        self.trainer.recent_losses = progress.recent_losses
+
+    def _roll_back(self, reporter: Reporter) -> list[Cut]:
+        """Go back to the last checkpoint and past the samples at fault; the cuts that come next.
+
+        Raises:
+            SipError: there is no checkpoint, or going back to it has not helped.
+        """
+
+        def load(root: Path, iteration: int) -> Progress:
+            self.trainer.before_reload()
+            folder = checkpoint_folder(root, iteration)
+            return dist_checkpoint.load(folder, self.world, self.trainer, reporter.say, weights_only=False)
+
+        self._follow(self.writer.finish)
+        self.maker.forget()
+        with self.watch.stage("load"):
+            progress, done = self.recovery.roll_back(self.progress, load)
+        self._stand_at(progress)
+        self.leader.together(lambda: reporter.rolled_back(done))
+        return self.cuts(progress.consumed_samples)
 
     def _save_is_due(self, iteration: int) -> bool:
+        """Whether a multiple of the interval was passed since the last checkpoint; not amid bad steps."""
         interval = self.config.checkpoint.save_interval
-        return bool(self.config.checkpoint.save and interval and iteration % interval == 0)
+        if not (self.config.checkpoint.save and interval and self.recovery.calm):
+            return False
+        return iteration // interval > self.saved_at // interval
 
     def _save(self) -> None:
         self._follow(lambda: self.writer.save(self.trainer, self.progress))
+        self.saved_at = self.progress.iteration
 
     def _follow(self, writing: Callable[[], object]) -> None:
-        """Let the writer go on."""
+        """Let the writer go on; a rollback goes to the newest checkpoint that is durable."""
         with self.watch.stage("save", self.progress.iteration):
             writing()
+        if self.config.checkpoint.save and self.writer.last_saved is not None:
+            self.recovery.checkpoint_at(Path(self.config.checkpoint.save), self.writer.last_saved)

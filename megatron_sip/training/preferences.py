@@ -58,6 +58,10 @@ class BatchMaker(Protocol):
         """The rows of this iteration; called by all ranks."""
         ...
 
+    def forget(self) -> None:
+        """Drop what was prefetched: the iterations to come are about other cuts."""
+        ...
+
 
 class NextTokenMaker:
     """Plain pretraining: every cut is one row of next-token prediction."""
@@ -71,6 +75,9 @@ class NextTokenMaker:
     def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:  # noqa: ARG002  # the protocol's
         """Prefix and suffix as one row."""
         return Preferences(batch=ntp_batch(cuts, self.multiple))
+
+    def forget(self) -> None:
+        """Nothing was asked of anybody."""
 
 
 class PreferenceMaker:
@@ -149,6 +156,12 @@ class PreferenceMaker:
                 "judge_wait": judged - rewritten,
             },
         )
+
+    def forget(self) -> None:
+        """Let go of the rewrites that are on their way."""
+        for future in self._rewrites.values():
+            future.cancel()
+        self._rewrites.clear()
 
     def _metrics(
         self,

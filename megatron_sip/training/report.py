@@ -1,25 +1,32 @@
-"""What a run says while it goes: log line, sinks, sample table; and the count of steps that were skipped in a row."""
+"""What a run says while it goes: log line, sinks, sample table, audit log."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.config.groups import Config
 from megatron_sip.config.run_config import to_yaml
 from megatron_sip.config.validate import notes
-from megatron_sip.errors import SipError
+from megatron_sip.data.cursor import next_sample
 from megatron_sip.metrics.aggregate import StepMetrics
 from megatron_sip.metrics.names import STEPS, TIMES, TRAINING, metric_specs
 from megatron_sip.metrics.samples import SampleLog
 from megatron_sip.metrics.sinks import Sinks, open_sinks
 from megatron_sip.parallel.world import World
 from megatron_sip.services.build import judge_specs
+from megatron_sip.training.audit import OUTCOMES, AuditLog, rollback_record, step_record
+from megatron_sip.training.audit_check import ranges_text
 from megatron_sip.training.preferences import Preferences
+from megatron_sip.training.rollback import Rollback
 from megatron_sip.training.step import StepResult
+from megatron_sip.types import NoPair
 
 
 class Reporter:
@@ -36,12 +43,12 @@ class Reporter:
         # A run without pairs does not report on pairs.
         self._specs = (*TRAINING, *STEPS, *TIMES) if config.training.objective == "ntp" else metric_specs(judges)
         self._metrics = StepMetrics(self._specs)
-        self._skipped_in_a_row = 0
         self._pending: list[Callable[[], None]] = []
         self._iterations = 0
         self._seconds = 0.0
         self._sinks: Sinks | None = None
         self._samples: SampleLog | None = None
+        self._audit: AuditLog | None = None
 
     def say(self, text: str) -> None:
         """A line of the main rank."""
@@ -56,9 +63,11 @@ class Reporter:
         counted = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in skipped.items())
         self.say(f"left out of each epoch: {counted or 'nothing'}")
 
-    def start(self, iteration: int) -> None:
-        """Open the sinks; what they hold beyond `iteration` belongs to steps that will be made again."""
+    def start(self, progress: Progress) -> None:
+        """Open the sinks; what they hold beyond where `progress` stands belongs to steps that will be made again."""
+        iteration = progress.iteration
         if self.world.is_main:
+            self._audit = self._open_audit(progress)
             self._sinks = open_sinks(
                 self.config.logging,
                 train_iters=self.config.training.train_iters,
@@ -73,6 +82,16 @@ class Reporter:
                 start_iteration=iteration,
             )
 
+    def _open_audit(self, progress: Progress) -> AuditLog | None:
+        """The log at `--audit-log`, or in the folder of `--save`; none where neither is given."""
+        path, save = self.config.logging.audit_log, self.config.checkpoint.save
+        if path is None and save is not None:
+            path = str(Path(save) / "audit.jsonl")
+        if path is None:
+            return None
+        first = next_sample(progress.consumed_samples, progress.jumped)
+        return AuditLog(path, iteration=progress.iteration, next_sample=first, jumped=progress.jumped)
+
     def step(
         self,
         iteration: int,
@@ -82,12 +101,7 @@ class Reporter:
         result: StepResult,
         seconds: float,
     ) -> None:
-        """Account for one finished iteration (counted from 1): all ranks meet here, nothing is written yet.
-
-        Raises:
-            SipError: `--max-skipped-iterations` non-finite steps in a row; on all ranks alike.
-        """
-        self._check_stuck(result)
+        """Account for one finished iteration (counted from 1): all ranks meet here, nothing is written yet."""
         self._iterations += 1
         self._seconds += seconds
         self._metrics.add_all(preferences.metrics)
@@ -95,6 +109,7 @@ class Reporter:
             self._metrics.add_all(result.metrics)
         if self.world.is_main:
             self._add_main(preferences, result)
+        self._gather_outcomes(iteration, preferences, result)
         self._gather_samples(iteration, preferences)
         if iteration % self.config.logging.log_interval == 0 or iteration == self.config.training.train_iters:
             self._flush(iteration, consumed_samples, learning_rate)
@@ -104,6 +119,44 @@ class Reporter:
         pending, self._pending = self._pending, []
         for action in pending:
             action()
+
+    def rolled_back(self, done: Rollback) -> None:
+        """The run stands at an earlier iteration again; what was gathered beyond it is dropped, the audit log keeps it.
+
+        It meets no other rank, so it may fail on its own.
+        """
+        self.say(
+            f"rolled back from iteration {done.from_iteration} to {done.to_iteration} after {done.reason}; "
+            f"samples {ranges_text(done.jumped)} are left out"
+        )
+        self._pending.clear()
+        self._forget_interval()
+        if self._audit:
+            self._audit.write(rollback_record(done.from_iteration, done.to_iteration, done.reason, done.jumped))
+        if self._sinks:
+            self._sinks.rewind(done.to_iteration)
+        if self._samples:
+            self._samples.rewind(done.to_iteration)
+
+    def _forget_interval(self) -> None:
+        self._metrics.reset()
+        self._iterations, self._seconds = 0, 0.0
+
+    def _gather_outcomes(self, iteration: int, preferences: Preferences, result: StepResult) -> None:
+        """What became of each sample of the global batch, on the main rank."""
+        batch = preferences.batch
+        # Leaders know the reasons; what the other ranks of their group send is left out.
+        rows = torch.full((batch.rows, 2), -1, dtype=torch.int64)
+        if self.world.is_leader:
+            rows = torch.stack([batch.sample_index, torch.tensor(_outcomes(preferences))], dim=1)
+        parts = [torch.empty_like(rows) for _ in range(self.world.size)] if self.world.is_main else None
+        dist.gather(rows, parts, dst=0, group=self.world.control_group)
+        audit = self._audit
+        if parts is None or audit is None:
+            return
+        outcomes = {sample: outcome for part in parts for sample, outcome in part.tolist() if sample >= 0}
+        record = step_record(iteration, outcomes, result.skipped, result.loss)
+        self._pending.append(lambda: audit.write(record))
 
     def _gather_samples(self, iteration: int, preferences: Preferences) -> None:
         """The pools of all leaders, on the main rank, where samples are logged at all."""
@@ -127,6 +180,7 @@ class Reporter:
             self._metrics.add("grad_norm", result.grad_norm)
         self._metrics.add("steps/skipped", float(result.skipped != ""))
         self._metrics.add("steps/nan", float(result.skipped == "non_finite"))
+        self._metrics.add("steps/spike", float(result.skipped == "spike"))
         self._metrics.add("steps/without_pair", float(result.skipped == "no_pairs"))
         for part, spent in preferences.seconds.items():
             self._metrics.add(f"time/{part}", spent)
@@ -146,17 +200,12 @@ class Reporter:
             }
             sinks = self._sinks
             self._pending.append(lambda: sinks.log(iteration, {**general, **values}))
-        self._metrics.reset()
-        self._iterations, self._seconds = 0, 0.0
+        self._forget_interval()
 
-    def _check_stuck(self, result: StepResult) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped == "non_finite" else 0
-        limit = self.config.training.max_skipped_iterations
-        if self._skipped_in_a_row >= limit:
-            raise SipError(
-                f"{limit} iterations in a row had a non-finite loss or gradient; lower --lr, raise --adam-eps or "
-                "resume from an earlier checkpoint (the limit is --max-skipped-iterations)"
-            )
+    def saved(self, iteration: int, folder: Path) -> None:
+        """A checkpoint was written."""
+        self.last_saved = iteration
+        self.say(f"checkpoint of iteration {iteration} saved to {folder}")
 
     def close(self) -> None:
         """Flush and close the sinks."""
@@ -164,3 +213,12 @@ class Reporter:
             self._sinks.close()
         if self._samples:
             self._samples.close()
+        if self._audit:
+            self._audit.close()
+
+
+def _outcomes(preferences: Preferences) -> list[int]:
+    """Of each row of the batch the place in OUTCOMES, on a leader."""
+    if not preferences.pairs:  # plain pretraining trains every row
+        return [0] * preferences.batch.rows
+    return [OUTCOMES.index(pair.reason) if isinstance(pair, NoPair) else 0 for pair in preferences.pairs]
