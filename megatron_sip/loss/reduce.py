@@ -168,7 +168,7 @@ def objective_terms(
         recorder.total("loss/ntp", ntp, local_counts(batch)[2])
     count = local_counts(batch)[UNITS.index(weights.primary)]
     recorder.total("loss", loss, count)
-    _record_logps(recorder, logps, reference, batch, weights)
+    _record_logps(recorder, logps, reference, weights)
     return ObjectiveTerms(loss, count.to(torch.int32), recorder.tensor(), recorder.names())
 
 
@@ -176,17 +176,14 @@ def _record_logps(
     recorder: _Recorder,
     logps: SegmentLogps,
     reference: ReferenceLogps | None,
-    batch: PreferenceBatch,
     weights: LossWeights,
 ) -> None:
-    """Log-probabilities and lengths of what was trained; which names there are depends on the settings alone."""
+    """Log-probabilities of what was trained; which names there are depends on the settings alone."""
     if weights.primary == "prefix_tokens":
         return
     recorder.rows("logps/chosen", logps.chosen)
-    recorder.rows("lengths/chosen", batch.chosen_length)
     if weights.dpo > 0 and reference is not None:
         recorder.rows("logps/rejected", logps.rejected)
-        recorder.rows("lengths/rejected", batch.rejected_length)
         # One-sample estimate of KL(policy || reference) per suffix, as TRL names it; here over the two
         # suffixes that are trained, not over all rollouts.
         difference = logps.chosen - reference.chosen + logps.rejected - reference.rejected

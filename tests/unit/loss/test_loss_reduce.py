@@ -12,6 +12,7 @@ import torch
 from megatron_sip.config.groups import Config, PreferenceConfig, TrainingConfig
 from megatron_sip.loss.reduce import GlobalCounts, LossWeights, local_counts, mean_metrics, objective_terms
 from megatron_sip.loss.segments import ReferenceLogps, SegmentLogps, segment_sums
+from megatron_sip.metrics.aggregate import pool_metrics
 from megatron_sip.preference.collate import collate, ntp_batch
 from megatron_sip.preference.layout import ScoredTokens, scored_tokens
 from megatron_sip.types import Candidate, CandidateKind, Cut, NoPair, NoPairReason, Pair, PreferenceBatch
@@ -246,10 +247,9 @@ def test_metrics_are_means_over_valid_pairs() -> None:
         "rewards/margins": BETA * (up - down).mean(),
         "rewards/accuracies": (up > down).double().mean(),
         "objective/kl": (up + down).mean() / 2,
-        "lengths/chosen": rows.chosen_length[pairs].double().mean(),
-        "lengths/rejected": rows.rejected_length[pairs].double().mean(),
     }
     _, loss, found = simulate(eight_items(), MIXED, dp=2, micro=1)
+    assert not set(found) & set(pool_metrics([], [], [])), "each number is counted by one place"
     for name, value in expected.items():
         assert found[name] == pytest.approx(value.item(), rel=1e-12), name
     assert found["loss"] == pytest.approx(
@@ -260,7 +260,7 @@ def test_metrics_are_means_over_valid_pairs() -> None:
 
 def test_metric_names_depend_on_the_objective_only() -> None:
     _, _, of_nll = simulate(eight_items(with_rejected=False), NLL, dp=1, micro=4)
-    assert set(of_nll) == {"loss", "loss/nll", "logps/chosen", "lengths/chosen"}
+    assert set(of_nll) == {"loss", "loss/nll", "logps/chosen"}
     _, _, of_ntp = simulate(eight_items(), NTP, dp=1, micro=4)
     assert set(of_ntp) == {"loss", "loss/ntp"}
 
