@@ -67,14 +67,6 @@ def bootstrap_difference(
     return bootstrap_mean(one - other, seed=seed, resamples=resamples, level=level)
 
 
-def win_rate(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Share of prefixes on which `first` is greater, a tie as half; None for no prefix."""
-    one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if one.shape != other.shape:
-        raise ValueError(f"paired values must match: {one.shape} against {other.shape}")
-    return float((0.5 * (np.sign(one - other) + 1)).mean()) if one.size else None
-
-
 def _resampled_means(data: FloatArray, seed: int, resamples: int) -> FloatArray:
     """`[resamples]` means of draws with replacement, made in pieces of bounded memory."""
     generator = np.random.default_rng(seed)

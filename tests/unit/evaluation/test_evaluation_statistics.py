@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_sip.errors import DataError
-from megatron_sip.evaluation.bootstrap import Estimate, bootstrap_difference, bootstrap_mean, win_rate
+from megatron_sip.evaluation.bootstrap import Estimate, bootstrap_difference, bootstrap_mean
 from megatron_sip.evaluation.text_measures import distinct, has_loop, measure_texts, repetition
 from megatron_sip.evaluation.unigram import count_tokens, unigram_nats_per_token
 
@@ -103,11 +103,6 @@ def test_small_and_bad_samples():
         bootstrap_difference([1.0], [1.0, 2.0], seed=0)
     with pytest.raises(ValueError, match="shape"):
         bootstrap_mean(np.zeros((2, 2)), seed=0)
-
-
-def test_win_rate_counts_ties_as_half():
-    assert win_rate([3, 1, 2, 2], [1, 3, 2, 1]) == (1 + 0 + 0.5 + 1) / 4
-    assert win_rate([], []) is None
 
 
 def test_unigram_by_hand():
