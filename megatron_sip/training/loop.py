@@ -25,6 +25,7 @@ from megatron_sip.parallel.world import World
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.training import assemble
 from megatron_sip.training.faults import Boundaries, start_watch
+from megatron_sip.training.journal import JournalKeeper
 from megatron_sip.training.report import Reporter
 from megatron_sip.training.rollback import Recovery
 from megatron_sip.types import Cut
@@ -86,6 +87,9 @@ class Run:
         if self.config.checkpoint.load and self.progress.iteration:
             self.recovery.checkpoint_at(Path(self.config.checkpoint.load), self.progress.iteration)
         together(lambda: reporter.start(self.progress))
+        self.journal = JournalKeeper(self.config.checkpoint, self.leader, self.services, reporter.say)
+        with self.watch.stage("load"):
+            self.journal.open(self.progress)
         self.maker = assemble.build_maker(
             self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
         )
@@ -222,5 +226,6 @@ class Run:
         """Let the writer go on; a rollback goes to the newest checkpoint that is durable."""
         with self.watch.stage("save", self.progress.iteration):
             writing()
+            self.journal.checkpointed(self.writer.last_saved)
         if self.config.checkpoint.save and self.writer.last_saved is not None:
             self.recovery.checkpoint_at(Path(self.config.checkpoint.save), self.writer.last_saved)

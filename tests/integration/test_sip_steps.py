@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Command, run_commands
+from commands import Command, Outcome, run_commands
 from fake_server import FakeServer
 from spawn import run_checks
 from tiny_corpus import documents, make_corpus, write_corpus
@@ -26,13 +27,20 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def finished(commands: list[Command], folder: Path) -> dict[str, list[Outcome]]:
+    """The outcomes of commands that must succeed on both ranks."""
+    outcomes = run_commands(commands, 2, folder)
+    for name, ranks in outcomes.items():
+        assert [rank.status for rank in ranks] == [0, 0], f"{name}: {ranks[0].stdout}{ranks[0].stderr}"
+    return outcomes
+
+
 @pytest.mark.server
 def test_sip_steps_with_the_real_server(judge_url: str, tmp_path: Path) -> None:
-    """Rollouts, rewrites and the original, three judges, two steps at TP 2; and one more from the checkpoint."""
+    """Rollouts, rewrites and the original, three judges, two steps at TP 2; one more; and the second once more."""
     data_path, tokenizer = make_corpus(tmp_path / "data")
     saved, metrics, samples = tmp_path / "saved", tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"
-    flags = [*MODEL, "--data-path", data_path, "--tokenizer-model", tokenizer, "--save", str(saved)]
-    flags += ["--metrics-file", str(metrics), "--sample-log", str(samples), "--judge-url", judge_url]
+    flags = [*MODEL, "--data-path", data_path, "--tokenizer-model", tokenizer, "--judge-url", judge_url]
     flags += (
         "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 96 --suffix-length 24 --min-prefix-length 16 "
         "--global-batch-size 2 --micro-batch-size 1 --num-rollouts 2 --pool original rewrite rollout --lr 1e-3 "
@@ -40,14 +48,19 @@ def test_sip_steps_with_the_real_server(judge_url: str, tmp_path: Path) -> None:
         "--judge-timeout 240"
     ).split()
     fewer = "--pool original rollout --num-rollouts 1".split()
+    own = ["--save", str(saved), "--metrics-file", str(metrics), "--sample-log", str(samples)]
+    first = Command("two-steps", [*flags, *own, "--save-interval", "1", "--train-iters", "2"], str(saved))
+    outcomes = finished([first], tmp_path / "first")
+    again = tmp_path / "again"
+    shutil.copytree(saved, again)
+    (again / "latest_checkpointed_iteration.txt").write_text("1\n")
+    repeated = ["--save", str(again), "--load", str(again), "--metrics-file", str(tmp_path / "again.jsonl")]
     commands = [
-        Command("two-steps", [*flags, "--train-iters", "2"], str(saved)),
         # Two candidates need two verdicts instead of twelve.
-        Command("one-more", [*flags, *fewer, "--train-iters", "3", "--load", str(saved)], str(saved)),
+        Command("one-more", [*flags, *fewer, *own, "--train-iters", "3", "--load", str(saved)], str(saved)),
+        Command("again", [*flags, *repeated, "--train-iters", "2"], str(again)),
     ]
-    outcomes = run_commands(commands, 2, tmp_path / "cases")
-    for name, ranks in outcomes.items():
-        assert [rank.status for rank in ranks] == [0, 0], f"{name}: {ranks[0].stdout}{ranks[0].stderr}"
+    outcomes |= finished(commands, tmp_path / "then")
     assert "at iteration 2 (4 samples consumed)" in outcomes["one-more"][0].stdout
     assert (saved / "latest_checkpointed_iteration.txt").read_text().split() == ["3"]
 
@@ -77,6 +90,14 @@ def test_sip_steps_with_the_real_server(judge_url: str, tmp_path: Path) -> None:
             assert all(0 <= score <= 1 for score in candidate["by_judge"].values())
             assert candidate["score"] == pytest.approx(sum(candidate["by_judge"].values()))
     print(f"{kinds.count('rewrite')} of 4 rewrites were usable")
+
+    # The server would answer otherwise; the journal answers as it did.
+    (second,) = lines_of(tmp_path / "again.jsonl")
+    asking = ("time/", "unix_time", "elapsed_ms", "judge/from_journal", "judge/prompts_trimmed")
+    assert second["judge/from_journal"] == second["judge/asked"] + 2
+    assert {k: v for k, v in second.items() if not k.startswith(asking)} == {
+        k: v for k, v in steps[1].items() if not k.startswith(asking)
+    }
 
 
 @pytest.mark.server
