@@ -17,7 +17,7 @@ from megatron_sip.parallel.world import World
 
 _STEP = ("data", "rollout", "rewrite", "judge", "train")
 _WAITS = ("rewrite", "judge")
-_LONG_WAIT = 0.1
+_LONG_WAIT = 0.5
 """A wait for servers is abandoned at once; one that takes no longer than these seconds is none."""
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
+from megatron_sip.checkpoint.agree import from_main
 from megatron_sip.checkpoint.latest import checkpoint_folder
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.checkpoint.writer import CheckpointWriter
@@ -27,6 +28,7 @@ from megatron_sip.training import assemble
 from megatron_sip.training.faults import Boundaries, start_watch
 from megatron_sip.training.journal import JournalKeeper
 from megatron_sip.training.report import Reporter
+from megatron_sip.training.restart import continued
 from megatron_sip.training.rollback import Recovery
 from megatron_sip.types import Cut
 
@@ -68,6 +70,7 @@ class Run:
     def assemble(self) -> None:
         """Open and build everything; all ranks do each step together, so that what fails on one is told by all."""
         together, world = self.leader.together, self.world
+        self.config = from_main(world, lambda: continued(self.config))
         self.data = together(lambda: assemble.open_data(self.config))
         self.config = together(lambda: assemble.with_model(self.config, self.data.tokenizer))
         together(lambda: validate(self.config, world.size))
@@ -209,6 +212,7 @@ class Run:
             progress, done = self.recovery.roll_back(self.progress, load)
         self._stand_at(progress)
         self.leader.together(lambda: reporter.rolled_back(done))
+        self.journal.stand_at(progress)
         return self.cuts(progress.consumed_samples)
 
     def _save_is_due(self, iteration: int) -> bool:

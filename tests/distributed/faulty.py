@@ -56,10 +56,14 @@ class Faulty:
         return [int((self.folder / f"{attempt}.{rank}").read_text()) for rank in range(self.ranks)]
 
     def fault_time(self, attempt: int) -> float:
-        """Wait for the fault of an attempt; when it came."""
+        """Wait for the last fault of an attempt so far; when it came."""
         note = self.folder / f"{attempt}.fault"
         self.until(note.exists, f"the fault of start {attempt}", START_SECONDS)
         return float(note.read_text())
+
+    def ended_at(self) -> float:
+        """When the launch, which is over, wrote its last line."""
+        return self.log.stat().st_mtime
 
     def until(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
         """Poll until `condition` holds."""

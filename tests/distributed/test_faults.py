@@ -93,7 +93,7 @@ def test_hangs_are_told_apart(tmp_path: Path, corpus: list[str]) -> None:
     attempts = [
         fault("sleep", 1, "backward", 3),
         fault("lonely collective", 0, "train", 4),
-        fault("SIGTERM and sleep", 1, "train", 5),
+        fault("SIGTERM and sleep", 1, "optimizer", 5),
         fault("SIGKILL", 0, "save", 5),
         fault("sleep", 0, "report", 6),
     ]

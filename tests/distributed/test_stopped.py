@@ -1,4 +1,4 @@
-"""A run that is told to stop while it waits for judges: the last whole step is saved, and nothing is left running."""
+"""A run that is told to stop: the last whole step is saved, all ranks end together, and nothing is left running."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import psutil
 from fake_server import FakeServer, hang
+from faulty import launched
 from spawn import ROOT, free_port, worker_environment
 from tiny_corpus import make_corpus
 from tiny_run import DATA, MODEL, TRAINING
 
 DEADLINE = 120.0
+TP2 = ("--tensor-model-parallel-size", "2")
 
 
 def until(condition: Callable[[], bool], run: subprocess.Popen, what: str) -> None:
@@ -72,10 +74,50 @@ def test_sigterm_during_a_judge_wait_saves_the_last_whole_step(tmp_path: Path) -
     assert left == [], "orphans"
     # torchrun reports the signal that it was sent, whatever the ranks' own status is.
     assert status != 0
-    assert took < 60
+    assert took < 20
     whole = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
-    assert f"stopping after iteration {whole}: the step that waited for judges is discarded" in said
+    assert f"stopping after iteration {whole}: SIGTERM; the step in stage judge of iteration {whole + 1} (" in said
     assert (saved / "latest_checkpointed_iteration.txt").read_text().split() == [str(whole)]
     assert [path.name for path in saved.glob("iter_*")] == [f"iter_{whole:07d}"]
     # torchrun shows its own frames; ours show none.
     assert re.search(r'File ".*megatron_sip', said) is None, said[-3000:]
+
+
+def test_a_step_is_finished_in_the_grace_or_discarded_and_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    data_path, tokenizer = make_corpus(tmp_path / "data")
+    saved = tmp_path / "saved"
+    flags = [*MODEL, *DATA, *TRAINING, "--data-path", data_path, "--tokenizer-model", tokenizer, *TP2]
+    flags += ["--train-iters", "1000", "--save", str(saved), "--load", str(saved)]
+    runs = [
+        {
+            "slow": {"decode": 0.2},  # a rollout takes three seconds
+            "faults": [{"do": "SIGTERM", "rank": 1, "stage": "rollout", "iteration": 3}],
+            "flags": ["--sigterm-grace", "2"],
+        },
+        {
+            "slow": {"backward": 1.0},
+            "faults": [{"do": "SIGTERM", "rank": 0, "stage": "backward", "iteration": 4}],
+        },
+        {
+            "slow": {"backward": 3.0},
+            "faults": [{"do": "SIGTERM twice", "rank": 1, "stage": "backward", "iteration": 5}],
+            "flags": ["--sigterm-grace", "60"],
+        },
+    ]
+    with launched(tmp_path / "run", 2, [runs], flags) as launch:
+        status = launch.agent.wait(2 * DEADLINE)
+        seconds = launch.ended_at() - launch.fault_time(0)
+        assert launch.processes() == []
+    said = launch.said()
+    # Only one rank was signalled, and all ended alike.
+    for rank in (0, 1):
+        assert (launch.folder / f"0.{rank}.status").read_text().split() == ["0", "0"]
+    assert "stopping after iteration 2: a signal to another rank; the step in stage rollout of iteration 3 (" in said
+    assert "stopping after iteration 4: SIGTERM\n" in said
+    assert [int(number) for number in re.findall(r"> resumed from .* at iteration (\d+) ", said)] == [2, 4]
+    assert status == 1
+    assert said.count("megatron_sip: error: a second SIGTERM: the run ends at once, nothing more is saved") == 1
+    assert set(re.findall(r"exitcode *: (\d+)", said)) == {"143"}
+    assert (saved / "latest_checkpointed_iteration.txt").read_text().split() == ["4"]
+    print(f"ended {seconds - 1.5:.1f} s after the second SIGTERM, torchrun's own end included")
+    assert seconds < 1.5 + 10
