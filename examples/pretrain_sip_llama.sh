@@ -20,6 +20,7 @@
 #         JUDGE_URL     the judge's server(s), blanks between; REWRITER_URL. Or JUDGE_MODEL_DIR: node 0 serves that
 #                       model on JUDGE_HOST:JUDGE_PORT, on the devices of JUDGE_CUDA_VISIBLE_DEVICES if that is set
 #         GOAL          quality, factuality or safety; RECIPE_OVERRIDES  KEY=VALUE settings, blanks between
+#         MAX_RESTARTS  how often torchrun starts the ranks again after a fault (3); STOP_GRACE  seconds for a quiet end
 #         MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, TRAIN_ITERS, LR, SAVE_INTERVAL, WANDB_PROJECT
 #         DRY_RUN=1     print the commands, start nothing
 #

@@ -11,6 +11,8 @@ cluster_settings() {
     JUDGE_HOST=${JUDGE_HOST:-$MASTER_ADDR}
     # A worker that is asked to stop finishes its step and saves.
     STOP_GRACE=${STOP_GRACE:-110}
+    # torchrun starts the ranks again after a fault; they go on from the newest checkpoint.
+    MAX_RESTARTS=${MAX_RESTARTS:-3}
 }
 
 # cluster_require : what no default can stand for.
@@ -124,7 +126,7 @@ run_cluster() {
     cluster_judge
     cluster_args "$@"
     say "node $NODE_RANK of $NNODES: $(print_command "${COMMAND[@]}")"
-    setsid "${COMMAND[@]}" </dev/null &
+    setsid "${WITH_US[@]}" "${COMMAND[@]}" </dev/null &
     STARTED+=("$!")
     wait "${STARTED[-1]}" || status=$?
     forget "${STARTED[-1]}"

@@ -10,14 +10,18 @@ DATA_ARGS=()
 SIP_ARGS=()
 EVAL_AND_LOGGING_ARGS=()
 
-# distributed_args : torchrun's own, from the usual variables.
+# distributed_args : torchrun's own, from the usual variables. A rank that is asked to stop has --sigterm-grace (20 s)
+# for its step, 10 s to agree and the rest for the save; torchrun forces it then, and the script forces torchrun.
 distributed_args() {
+    local patience=$((${STOP_GRACE:-45} - 10))
     DISTRIBUTED_ARGS=(
         --nproc-per-node "$GPUS_PER_NODE"
         --nnodes "$NNODES"
         --node-rank "$NODE_RANK"
         --master-addr "$MASTER_ADDR"
         --master-port "$MASTER_PORT"
+        --max-restarts "${MAX_RESTARTS:-0}"
+        --shutdown-timeout "$((patience > 5 ? patience : 5))"
     )
 }
 

@@ -4,6 +4,9 @@
 #
 # The script sets STOP_GRACE (seconds) if it wants another patience than 45 s.
 
+# Put before a command: the kernel asks it to end when this script dies without a word (SIGKILL).
+WITH_US=()
+! setpriv --pdeathsig TERM true 2>/dev/null || WITH_US=(setpriv --pdeathsig TERM)
 STARTED=()     # process ids of the groups that this script started and that may still run
 SCRIPT_START=$SECONDS
 
@@ -79,7 +82,7 @@ install_traps() {
 start_logged() {
     local log=$1
     shift
-    setsid "$@" >>"$log" 2>&1 </dev/null &
+    setsid "${WITH_US[@]}" "$@" >>"$log" 2>&1 </dev/null &
     STARTED+=("$!")
 }
 

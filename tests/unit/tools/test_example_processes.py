@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 LIBRARY = ROOT / "examples" / "lib" / "processes.sh"
@@ -106,3 +109,17 @@ def test_fresh_deletes_no_folder_that_the_script_did_not_make(tmp_path: Path) ->
     script = start(f"{demo}\n{again}", tmp_path)
     _, err = script.communicate(timeout=30)
     assert script.returncode == 0, err
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="util-linux has no setpriv here")
+def test_a_script_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    # Half a launcher: it ends its worker when it is asked to end.
+    launcher = 'trap "kill %1; exit" TERM; sleep 60 & echo $! >worker; echo $$ >launcher; wait'
+    script = start(f"start_logged run.log bash -c '{launcher}'\nwait", tmp_path)
+    pids = [wait_for(tmp_path / name) for name in ("launcher", "worker")]
+    script.kill()
+    script.communicate(timeout=30)
+    limit = time.monotonic() + 20
+    while any(map(alive, pids)):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
