@@ -212,7 +212,8 @@ class Run:
             progress, done = self.recovery.roll_back(self.progress, load)
         self._stand_at(progress)
         self.leader.together(lambda: reporter.rolled_back(done))
-        self.journal.stand_at(progress)
+        with self.watch.stage("load"):
+            self.journal.stand_at(progress)
         return self.cuts(progress.consumed_samples)
 
     def _save_is_due(self, iteration: int) -> bool:
