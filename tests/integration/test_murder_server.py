@@ -1,0 +1,100 @@
+"""Ranks are killed at random moments while a live server judges, which never answers alike; the journal makes it so.
+
+The broken run comes first. Then an unbroken one starts from nothing with a copy of its journal, asks nobody, and
+must repeat it bit for bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launches import Forked, Launcher, Torchrun
+from murder import AIMED, Course, Kill, broken, check_losses, plan, table, unbroken
+from repeats import differences, records
+from tiny_corpus import make_corpus
+from tiny_run import MODEL
+
+from megatron_sip.metrics.jsonl import read_jsonl
+
+ITERATIONS = 6
+INTERVAL = 2
+SETTINGS = (
+    "--seq-length 96 --suffix-length 16 --min-prefix-length 16 --global-batch-size 2 --micro-batch-size 1 --lr 1e-3 "
+    "--judge-reading logit --quality-weight 1 --likelihood-weight 1 --judge-timeout 240 --reference-update-interval 2 "
+    f"--train-iters {ITERATIONS} --lr-decay-iters {ITERATIONS} --save-interval {INTERVAL}"
+)
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forked]:
+    launcher = Forked()
+    yield launcher
+    launcher.close()
+
+
+def course(root: Path, name: str, judge_url: str, flags: str) -> Course:
+    """A run that the server judges, at a place of its own under `root`."""
+    if not (root / "data").exists():
+        make_corpus(root / "data")
+    places = ["--tokenizer-model", str(root / "data" / "tokenizer"), "--judge-url", judge_url]
+    places += ["--data-path", str(root / "data" / "corpus_text_document")]
+    return Course(root / name, 2, (*MODEL, *SETTINGS.split(), *flags.split(), *places))
+
+
+def copy_journal(source: Course, target: Course) -> None:
+    """All that was ever written into the journal of one run becomes that of another, which has not begun."""
+    for folder in (source.folder / "journal", source.journal):
+        if folder.exists():
+            shutil.copytree(folder, target.journal, dirs_exist_ok=True)
+
+
+def murder(launcher: Launcher, root: Path, url: str, flags: str, *, seed: int, kills: int, restarts: int) -> list[Kill]:
+    """Break a run `kills` times and compare it with an unbroken one that has its journal; print what was hit."""
+    pieces, whole = course(root, "broken", url, flags), course(root, "unbroken", url, flags)
+    aims = plan(seed, kills, 2, ITERATIONS - INTERVAL, waits=True)
+    done = broken(launcher, pieces, aims, restarts)
+    print("\n" + table(done))
+    assert len(done) == kills
+    check_losses(done, pieces.resumed_at(), INTERVAL - 1)
+    copy_journal(pieces, whole)
+    unbroken(launcher, whole)
+    for step in read_jsonl(whole.metrics):
+        assert step["judge/from_journal"] >= step["judge/asked"] > 0, "somebody was asked again"
+    assert [line["iteration"] for line in records(whole.metrics)] == list(range(1, ITERATIONS + 1))
+    assert sum(line["pairs/valid"] for line in records(whole.metrics)) > 0
+    assert differences(whole, pieces) == []
+    return done
+
+
+@pytest.mark.server
+def test_three_kills_with_a_live_judge_change_nothing(forked: Forked, judge_url: str, tmp_path: Path) -> None:
+    flags = "--tensor-model-parallel-size 2 --pool original rollout --num-rollouts 1"
+    done = murder(forked, tmp_path, judge_url, flags, seed=3, kills=3, restarts=2)
+    assert {kill.stage for kill in done} >= {"judge"}
+
+
+@pytest.mark.server
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_ten_kills_with_a_live_judge_and_rewriter_change_nothing(judge_url: str, tmp_path: Path) -> None:
+    flags = "--tensor-model-parallel-size 2 --pool original rewrite rollout --num-rollouts 2"
+    done = murder(Torchrun(), tmp_path, judge_url, flags, seed=10, kills=10, restarts=5)
+    assert {kill.stage for kill in done} >= set(AIMED), "a stage was never hit"
+    # The contrast: the server alone does not repeat itself, as a rule. That it may is no fault.
+    alone = course(tmp_path, "alone", judge_url, flags)
+    unbroken(Torchrun(), alone)
+    found = differences(course(tmp_path, "unbroken", judge_url, flags), alone)
+    print(f"asked again without the journal: {len(found)} differences, such as {found[:3]}")
+
+
+@pytest.mark.server
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_ten_kills_of_two_leaders_change_nothing(judge_url: str, tmp_path: Path) -> None:
+    """Two data parallel ranks, each with a journal of its own."""
+    flags = "--pool original rollout --num-rollouts 2"
+    done = murder(Torchrun(), tmp_path, judge_url, flags, seed=11, kills=10, restarts=5)
+    assert {kill.stage for kill in done} >= set(AIMED), "a stage was never hit"
