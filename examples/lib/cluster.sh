@@ -123,6 +123,7 @@ run_cluster() {
     cluster_settings
     mkdir -p "$RUN_DIR"
     has_gpu || bound_threads
+    allow_insecure "$@"
     cluster_judge
     cluster_args "$@"
     say "node $NODE_RANK of $NNODES: $(print_command "${COMMAND[@]}")"

@@ -219,7 +219,7 @@ compare_arms() {
         --tokenizer-model "$DATA_DIR/tokenizer" \
         --held-out "$DATA_DIR/held_out.jsonl" --unsafe "$DATA_DIR/unsafe_prefixes.jsonl" \
         --classifiers-dir "$DATA_DIR/classifiers" --trained-with judge profanity-check \
-        "${JUDGE_ARGS[@]}" --judge-reading logit --no-likelihood --num-threads "$(nproc)" \
+        "${JUDGE_ARGS[@]}" "${INSECURE[@]}" --judge-reading logit --no-likelihood --num-threads "$(nproc)" \
         --num-prefixes "$HELD_OUT_PREFIXES" --num-unsafe-prefixes "$UNSAFE_PREFIXES" \
         --prefix-length "$PREFIX" --suffix-length "$SUFFIX" \
         --out "$RUN_DIR/compare"
@@ -228,6 +228,7 @@ compare_arms() {
 # run_demo FLAG... : all stages; FLAGs go to the SIP runs and win over ours.
 run_demo() {
     EXTRA_ARGS=("$@")
+    allow_insecure "$@"
     demo_settings
     bash tools/setup.sh trainer judge
     SCRIPT_START=$SECONDS

@@ -3,6 +3,7 @@
 # The judge's server: started here with tools/serve_vllm.py, or one that runs already; checked either way.
 
 JUDGE_PID=
+INSECURE=()    # --allow-insecure-judge or nothing
 JUDGE_ENV=()   # put before the server's command, such as (env CUDA_VISIBLE_DEVICES=0)
 
 # start_judge MODEL_DIR LOG READY_FILE FLAG... : start the server and wait until it is healthy; sets JUDGE_URL.
@@ -33,7 +34,16 @@ stop_judge() {
     JUDGE_PID=
 }
 
+# allow_insecure FLAG... : a key may travel over plain http where the trainer's FLAGs say so, in our own checks too.
+allow_insecure() {
+    local word
+    for word in "$@"; do
+        [[ $word != --allow-insecure-judge ]] || INSECURE=(--allow-insecure-judge)
+    done
+}
+
 # check_judge URL... : each answers as an OpenAI-compatible server with the key of the environment.
 check_judge() {
-    "$PYTHON" tools/check_server.py --judge-url "$@" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} | sed 's/^/         /' || exit 1
+    local flags=("${INSECURE[@]}" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"})
+    "$PYTHON" tools/check_server.py --judge-url "$@" "${flags[@]}" | sed 's/^/         /' || exit 1
 }

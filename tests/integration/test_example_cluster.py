@@ -163,6 +163,25 @@ def test_a_rewriter_may_be_another_model_on_the_judges_server(tmp_path: Path) ->
     assert "--rewriter-model writer" in done.stdout
 
 
+def test_a_key_over_plain_http_is_allowed_in_the_check_as_in_the_run(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexit 1\n')
+    python.chmod(0o755)
+    run = {"DATA_PATH": "corpus", "TOKENIZER_MODEL": "tokenizer", "RUN_DIR": str(tmp_path / "run")}
+    done = subprocess.run(
+        [*SCRIPT, "--allow-insecure-judge"],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python), "JUDGE_URL": "http://judge:8100/v1", **run},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert "check_server.py" in call
+    assert "--allow-insecure-judge" in call
+
+
 def test_missing_data_is_named(tmp_path: Path) -> None:
     done = dry_run(tmp_path, DRY_RUN="0", MODEL="llama-1.4b")
     assert done.returncode != 0
