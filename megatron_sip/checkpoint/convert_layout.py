@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_sip.checkpoint.hf_names import LlamaShape, llama_shape, padded_query_groups, padded_vocab_size
 from megatron_sip.checkpoint.hf_tensors import check_divisible
+from megatron_sip.checkpoint.latest import iteration_of
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.errors import CheckpointError
 
@@ -51,20 +52,22 @@ def target_config(config: Config, tp_size: int, pp_size: int, *, bf16: bool) -> 
     return replace(config, parallel=parallel, training=replace(config.training, bf16=bf16))
 
 
-def padding_mismatch(stored: Config, wanted: Config, load: Path) -> str | None:
+def padding_mismatch(stored: Config, wanted: Config, folder: Path) -> str | None:
     """Why a run cannot load a checkpoint whose query groups are padded otherwise, and the command that mends it.
 
     stored  the settings of the checkpoint's run_config.yaml
     wanted  those of the run that loads it; both with a resolved model, the same in both
-    load    the folder of --load
+    folder  the checkpoint's own folder, in that of --load
     """
     groups = llama_shape(wanted.model).num_query_groups
-    theirs, ours = (config.parallel.tensor_model_parallel_size for config in (stored, wanted))
-    if padded_query_groups(groups, theirs) == padded_query_groups(groups, ours):
+    at, ours = (config.parallel.tensor_model_parallel_size for config in (stored, wanted))
+    has, needs = padded_query_groups(groups, at), padded_query_groups(groups, ours)
+    if has == needs:
         return None
     return (
-        f"--load {load} was written at tensor parallel size {theirs}, which pads the model's {groups} query groups to "
-        f"{padded_query_groups(groups, theirs)}; size {ours} needs {padded_query_groups(groups, ours)}. Convert it: "
-        f"python tools/checkpoint/convert.py --loader mcore --saver mcore --load-dir {load} "
-        f"--save-dir NEW_FOLDER --target-tensor-parallel-size {ours}"
+        f"--load {folder} was written at tensor parallel size {at} with {has} query groups, of which the model has "
+        f"{groups}; size {ours} needs {needs}. Convert it: "
+        "python tools/checkpoint/convert.py "
+        f"--loader mcore --saver mcore --load-dir {folder.parent} "
+        f"--iteration {iteration_of(folder)} --save-dir NEW_FOLDER --target-tensor-parallel-size {ours}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def write_mcore(
             torch.save(policy_alone(), folder / COMMON)
         save_run_config(config, folder / RUN_CONFIG)
         files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
-        write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files))
+        write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files, time.time()))
         (temporary / LATEST).write_text(f"{iteration}\n")
 
 

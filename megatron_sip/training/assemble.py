@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
 from megatron_sip.checkpoint.choose import choose
+from megatron_sip.checkpoint.convert_layout import padding_mismatch
 from megatron_sip.checkpoint.hf import load_hf_weights
 from megatron_sip.checkpoint.hf_config import is_hf_folder, model_config_from_hf, model_differences
-from megatron_sip.checkpoint.latest import LATEST
+from megatron_sip.checkpoint.latest import LATEST, iteration_of
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.presets import resolve_model, with_preset
@@ -199,27 +200,35 @@ def _resume(
     config: Config, folder: Path, world: World, trainer: PolicyTrainer, stream: Stream, say: Callable[[str], None]
 ) -> Progress:
     load = config.checkpoint.load
-    _require_own_model(folder, config.model)
-    progress = dist_checkpoint.load(folder, world, trainer, say, weights_only=config.checkpoint.finetune)
-    if config.checkpoint.finetune:
-        say(f"weights of {load} loaded; iteration, optimizer and stream start anew (--finetune)")
+    _require_own_model(folder, config)
+    converted = iteration_of(folder) == 0  # no run saves before its first iteration; tools/checkpoint/convert.py does
+    weights_only = converted or config.checkpoint.finetune
+    progress = dist_checkpoint.load(folder, world, trainer, say, weights_only=weights_only)
+    if weights_only:
+        why = "it holds nothing else" if converted else "--finetune"
+        say(f"weights of {load} loaded; iteration, optimizer and stream start anew ({why})")
         return progress
     stream.check_state(progress.stream)
     say(f"resumed from {load} at iteration {progress.iteration} ({progress.consumed_samples} samples consumed)")
     return progress
 
 
-def _require_own_model(folder: Path, model: ModelConfig) -> None:
+def _require_own_model(folder: Path, config: Config) -> None:
     """Refuse our own checkpoint of another architecture, also where its tensors happen to have the same shapes.
 
     Raises:
-        CheckpointError: naming each flag that disagrees with the checkpoint's run_config.yaml.
+        CheckpointError: naming each flag that disagrees with the checkpoint's run_config.yaml, or the command that
+            pads its query groups as this run's layout needs them.
     """
     file = folder / "run_config.yaml"
     if not file.is_file():
         raise CheckpointError(f"--load {folder} has no {file.name}, so it is no whole checkpoint; name another")
-    wrong = model_differences(load_run_config(file).model, model, file.name)
+    stored = load_run_config(file)
+    wrong = model_differences(stored.model, config.model, file.name)
     if wrong:
         raise CheckpointError(
             f"--load {folder} is another model: {'; '.join(wrong)}. Give the model flags of {file}, or leave --load out"
         )
+    mismatch = padding_mismatch(stored, config, folder)
+    if mismatch is not None:
+        raise CheckpointError(mismatch)
