@@ -31,6 +31,16 @@ def _candidates(config: Config, rollouts: int, rewrite: bool) -> int:
     return sum(counts[kind] for kind in pool)
 
 
+def _fewest_rollouts(config: Config) -> int:
+    """Rollouts of one prefix at the beginning of the curriculum, or all of them without one."""
+    preference = config.preference
+    if preference.curriculum == "none":
+        return config.rollout.num_rollouts
+    if preference.curriculum_rollout_start:
+        return 0
+    return 1 if preference.curriculum_rollout_ramp else config.rollout.num_rollouts
+
+
 def _pool(config: Config) -> Iterator[str]:
     preference, count = config.preference, config.rollout.num_rollouts
     pool = " ".join(preference.pool)
@@ -42,17 +52,22 @@ def _pool(config: Config) -> Iterator[str]:
             f"with --num-rollouts {count} has {_candidates(config, count, rewrite=True)}; add a kind or raise K"
         )
         return
-    if preference.curriculum == "schedule" and "rollout" in preference.pool:
-        fewest = 0 if preference.curriculum_rollout_start else 1 if preference.curriculum_rollout_ramp else count
-        if _candidates(config, fewest, rewrite=True) < 2:
-            yield (
-                f"--curriculum schedule begins with {fewest} rollouts, and then --pool {pool} has fewer than two "
-                "candidates; add original or rewrite to --pool, or lower --curriculum-rollout-start and -ramp"
-            )
-    if config.rewriter.rewrite_interval > 1 and _candidates(config, count, rewrite=False) < 2:
+    fewest, interval = _fewest_rollouts(config), config.rewriter.rewrite_interval
+    if _candidates(config, fewest, rewrite=True) < 2:
         yield (
-            f"--rewrite-interval {config.rewriter.rewrite_interval} leaves --pool {pool} with fewer than two "
-            "candidates in the iterations between; set it to 1 or add rollouts to --pool"
+            f"--curriculum schedule begins with {fewest} rollouts, and then --pool {pool} has fewer than two "
+            "candidates; add original or rewrite to --pool, or lower --curriculum-rollout-start and -ramp"
+        )
+    elif interval > 1 and _candidates(config, count, rewrite=False) < 2:
+        yield (
+            f"--rewrite-interval {interval} leaves --pool {pool} with fewer than two candidates in the iterations "
+            "between; set it to 1 or add rollouts to --pool"
+        )
+    elif interval > 1 and _candidates(config, fewest, rewrite=False) < 2:
+        yield (
+            f"--rewrite-interval {interval} leaves --pool {pool} with fewer than two candidates in iterations between "
+            f"at the beginning, where --curriculum schedule writes {fewest} rollouts; set --rewrite-interval 1, or lower "
+            "--curriculum-rollout-start and -ramp"
         )
     if "rollout" in preference.pool and config.rollout.temperature == 0 and count > 1:
         yield (

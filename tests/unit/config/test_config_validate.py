@@ -124,6 +124,10 @@ def test_layout_model_batch_and_folders(line: str, world_size: int, words: list[
         ("--pool rollout --curriculum schedule --curriculum-rollout-start 3", ["--curriculum schedule", "0 rollouts"]),
         ("--pool rollout --curriculum schedule --curriculum-rollout-ramp 3", ["--curriculum schedule", "1 rollouts"]),
         ("--pool original rewrite --rewrite-interval 2", ["--rewrite-interval 2", "--pool original rewrite"]),
+        (
+            "--pool original rewrite rollout --rewrite-interval 2 --curriculum schedule --curriculum-rollout-start 3",
+            ["--rewrite-interval 2", "--curriculum-rollout-start", "writes 0 rollouts"],
+        ),
         ("--temperature 0", ["--temperature 0", "--num-rollouts 16"]),
         ("--quality-weight 0", ["every weight is 0", "--classifier-weight"]),
         ("--judge-url", ["--judge-url is missing", "quality", "http://"]),
