@@ -66,8 +66,8 @@ def _pool(config: Config) -> Iterator[str]:
     elif interval > 1 and _candidates(config, fewest, rewrite=False) < 2:
         yield (
             f"--rewrite-interval {interval} leaves --pool {pool} with fewer than two candidates in iterations between "
-            f"at the beginning, where --curriculum schedule writes {fewest} rollouts; set --rewrite-interval 1, or lower "
-            "--curriculum-rollout-start and -ramp"
+            f"at the beginning, where --curriculum schedule writes {fewest} rollouts; set --rewrite-interval 1, or "
+            "lower --curriculum-rollout-start and -ramp"
         )
     if "rollout" in preference.pool and config.rollout.temperature == 0 and count > 1:
         yield (
