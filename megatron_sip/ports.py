@@ -17,8 +17,7 @@ def free_port(host: str = "127.0.0.1") -> int:
         OSError: `host` is no address of this machine.
     """
     draw = random.SystemRandom()
-    with socket.socket() as probe:
-        probe.bind((host, 0))  # a wrong host fails here and not for ever below
+    _listen(host, 0)  # a wrong host fails here and not for ever below
     while True:
         port = draw.randrange(LOWEST, HIGHEST)
         if is_free(host, port):
@@ -27,12 +26,20 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def is_free(host: str, port: int) -> bool:
     """Whether a server could listen on this port of `host` now."""
-    with socket.socket() as probe:
+    try:
+        _listen(host, port)
+    except OSError:
+        return False
+    return True
+
+
+def _listen(host: str, port: int) -> None:
+    """Listen for a moment, by IPv4 or IPv6; OSError where that cannot be."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    with socket.socket(family, kind, protocol) as probe:
         # As servers do: connections that were closed a moment ago keep no port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError:
-            return False
-        return True
+        probe.bind(address)
+        probe.listen(1)

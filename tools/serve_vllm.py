@@ -222,7 +222,7 @@ def supervise(args: argparse.Namespace, server: subprocess.Popen[bytes], port: i
     started = time.monotonic()
     if not wait_healthy(args, server, port, stopper):
         return 0 if stopper.asked else 1
-    url = f"http://{args.host}:{port}/v1"
+    url = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{port}/v1"
     say(f"{served_name(args)} is ready after {time.monotonic() - started:.0f} s")
     print(url, flush=True)
     if args.ready_file:

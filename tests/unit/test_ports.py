@@ -32,6 +32,13 @@ def test_a_port_in_use_is_not_free_and_free_again_after() -> None:
     assert is_free("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "::1"])
+def test_other_ways_to_name_this_machine(host: str) -> None:
+    if ":" in host and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    assert is_free(host, free_port(host))
+
+
 def test_a_foreign_host_is_an_error_and_no_endless_search() -> None:
     with pytest.raises(OSError, match="assign"):
         free_port("192.0.2.1")
