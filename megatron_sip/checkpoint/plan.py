@@ -1,4 +1,4 @@
-"""What each rank writes of a checkpoint: megatron-core's plan, and the bytes that go into this rank's file.
+"""What each rank writes of a checkpoint: megatron-core's plan, a copy of it, and the bytes of this rank's file.
 
 megatron-core would write with processes that it forks and with a helper process that it keeps. Here only its plan
 is used: the bytes are those that torch's writer makes of each item, and who writes them is the caller's affair.
@@ -7,9 +7,9 @@ is used: the bytes are those that torch's writer makes of each item, and who wri
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan as TorchPlan
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -35,6 +35,10 @@ class _Writer(FileSystemWriterAsync):
         self.items, self.planner = tuple(plan.items), planner
 
 
+Item: TypeAlias = tuple[WriteItem, torch.Tensor | io.BytesIO]
+"""What is written, and its value."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """One item of a data file, as it stands there."""
@@ -45,7 +49,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """One rank's part of a checkpoint. Items refer to the trainer's tensors until `pieces` has read them."""
+    """One rank's part of a checkpoint."""
 
     writer: _Writer
     metadata: Metadata | None
@@ -54,15 +58,20 @@ class SavePlan:
     """What is not sharded, for common.pt."""
     file_name: str
 
-    def pieces(self) -> Iterator[Piece]:
-        """The items of this rank's file in order, each read from the trainer when its turn comes."""
-        at = 0
+    def items(self) -> Iterator[Item]:
+        """The items of this rank's file in order; their values are the trainer's own tensors."""
         for item in self.writer.items:
+            yield item, self.writer.planner.resolve_data(item)
+
+    def pieces(self, items: Iterable[Item]) -> Iterator[Piece]:
+        """The bytes of `items`, each made when its turn comes."""
+        at = 0
+        for item, value in items:
             content = io.BytesIO()
             written = _write_item(
                 self.writer.transforms,
                 content,
-                _on_host(self.writer.planner.resolve_data(item)),
+                _on_host(value),
                 item,
                 self.file_name,
                 SerializationFormat.TORCH_SAVE,
@@ -71,11 +80,31 @@ class SavePlan:
             at += written.size_in_bytes
 
 
-def _on_host(data: torch.Tensor | io.BytesIO) -> torch.Tensor | io.BytesIO:
-    """An item for torch.save, which would write the whole storage that a view looks into."""
-    if isinstance(data, io.BytesIO):
-        return data
-    tensor = data.detach().cpu()
+class HostCopies:
+    """Copies of a rank's items in host memory that is kept from save to save: fresh pages cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[MetadataIndex, torch.Tensor] = {}
+
+    def take(self, items: Iterable[Item]) -> list[Item]:
+        """The items with their values as they are now. What was taken before is overwritten."""
+        return [(item, value if isinstance(value, io.BytesIO) else self._copy(item, value)) for item, value in items]
+
+    def _copy(self, item: WriteItem, value: torch.Tensor) -> torch.Tensor:
+        value = value.detach()
+        copy = self._tensors.get(item.index)
+        if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+            # Page-locked with CUDA, for the copy's speed.
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._tensors[item.index] = copy
+        return copy.copy_(value)
+
+
+def _on_host(value: torch.Tensor | io.BytesIO) -> torch.Tensor | io.BytesIO:
+    """A value for torch.save, which would write the whole storage that a view looks into."""
+    if isinstance(value, io.BytesIO):
+        return value
+    tensor = value.detach().cpu()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
     return tensor if whole else tensor.clone()
 

@@ -46,7 +46,7 @@ def fresh_folder(folder: Path) -> None:
 
 
 def write_pieces(path: Path, pieces: Iterable[Piece]) -> Written:
-    """Write one rank's data file and flush it to disk. No lock of Python is held while bytes are on their way."""
+    """Write one rank's data file and flush it to disk. The GIL is free while bytes are on their way."""
     results, crc, size = [], 0, 0
     with path.open("wb", buffering=0) as stream:
         for piece in pieces:

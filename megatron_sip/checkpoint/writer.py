@@ -1,8 +1,8 @@
 """Saving while a run goes on: the state is copied at the call, and written while the next steps are trained.
 
-`save` copies this rank's shards into host memory, in the form in which they go to disk; a thread writes and flushes
-them without a lock of Python. No process is forked: a child would inherit the locks of other threads and keep the
-connections of a dead rank open. When the files of all ranks are on disk, which they find out together between two
+`save` copies this rank's shards into host memory; a thread makes the bytes of one after the other, writes and flushes
+them. No process is forked: a child would inherit the locks of other threads and keep the connections of a dead rank
+open. When the files of all ranks are on disk, which they find out together between two
 steps, the main rank describes and names the checkpoint. Until then the one before is the newest.
 
 Without `--async-save`, `save` returns when the checkpoint is named, and holds one item in memory at a time.
@@ -27,7 +27,7 @@ from megatron_sip.checkpoint.dist import state_to_save
 from megatron_sip.checkpoint.latest import checkpoint_folder, first_line
 from megatron_sip.checkpoint.manifest import COMMON, write_durably
 from megatron_sip.checkpoint.naming import incomplete_folder
-from megatron_sip.checkpoint.plan import Piece, SavePlan, common_bytes, plan_save
+from megatron_sip.checkpoint.plan import HostCopies, Item, SavePlan, common_bytes, plan_save
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.checkpoint.publish import Written, fresh_folder, publish, write_pieces
 from megatron_sip.checkpoint.retain import clean
@@ -81,6 +81,7 @@ class CheckpointWriter:
     def __init__(self, config: Config, world: World, say: Callable[[str], None]) -> None:
         self._config, self._world, self._say = config, world, say
         self._pending: _Pending | None = None
+        self._copies = HostCopies()
         self.last_saved: int | None = None
         """Iteration of the newest checkpoint that is durable and named; None before the first of this run."""
         self.last_begun: int | None = None
@@ -113,11 +114,11 @@ class CheckpointWriter:
         partial = incomplete_folder(root, iteration)
         from_main(self._world, lambda: _written(partial, lambda: fresh_folder(partial)))
         plan = plan_save(state_to_save(trainer, progress), str(partial), self._world)
-        pieces: Iterable[Piece] = plan.pieces()
+        items: Iterable[Item] = plan.items()
         if self._config.checkpoint.async_save:
-            pieces = attempt(self._world, lambda: _written(partial, lambda: list(plan.pieces())))
+            items = attempt(self._world, lambda: _written(partial, lambda: self._copies.take(plan.items())))
         common = common_bytes(plan) if self._world.is_main else None
-        writing = _in_background(lambda: _write(partial, plan, pieces, common))
+        writing = _in_background(lambda: _write(partial, plan, items, common))
         self._pending = _Pending(iteration, plan, started, writing)
         self.last_begun = iteration
         if self._config.checkpoint.async_save:
@@ -196,10 +197,10 @@ class CheckpointWriter:
         return Path(self._config.checkpoint.save)
 
 
-def _write(partial: Path, plan: SavePlan, pieces: Iterable[Piece], common: bytes | None) -> Written:
+def _write(partial: Path, plan: SavePlan, items: Iterable[Item], common: bytes | None) -> Written:
     """This rank's files, on disk; `common` is the main rank's."""
     # A rank that holds copies alone writes nothing.
-    written = write_pieces(partial / plan.file_name, pieces) if plan.writer.items else Written([], {})
+    written = write_pieces(partial / plan.file_name, plan.pieces(items)) if plan.writer.items else Written([], {})
     if common is None:
         return written
     return replace(written, files=written.files | {COMMON: write_durably(partial / COMMON, common)})
