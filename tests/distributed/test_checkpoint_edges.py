@@ -9,6 +9,8 @@ import pytest
 from spawn import complaint, torchrun
 from tiny_corpus import make_corpus
 
+from megatron_sip.checkpoint.latest import LATEST
+
 MODEL = (
     "--num-layers 2 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --max-position-embeddings 128 "
     "--rotary-base 10000 --norm-epsilon 1e-5 --untie-embeddings-and-output-weights"
@@ -36,25 +38,43 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return root / "saved", flags
 
 
-def test_a_truncated_file_is_one_line(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_with_no_whole_checkpoint_left_it_is_one_line(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(stopped[0], damaged)
-    for file in (damaged / "iter_0000001").glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+    [file] = (damaged / "iter_0000001").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
     flags = [str(damaged) if flag == str(stopped[0]) else flag for flag in stopped[1]]
     result = torchrun(1, *flags, "--hidden-size", "32", "--train-iters", "3")
     assert result.returncode != 0
     [said] = [line for line in complaint(result).splitlines() if "error" in line]
-    assert said.startswith(f"megatron_sip: error: --load {damaged / 'iter_0000001'} does not fit this run: ")
+    assert said.startswith(f"megatron_sip: error: {file.parent} is damaged: {file.name} has ")
+    assert said.endswith(f"no whole checkpoint is left under {damaged}. Restore one of them")
     assert "Traceback" not in complaint(result)
 
 
-def test_a_run_goes_on_after_a_checkpoint_without_update(stopped: tuple[Path, list[str]]) -> None:
-    started = torchrun(1, *stopped[1], "--hidden-size", "32", "--train-iters", "3", "--exit-duration-in-mins", "1e-6")
-    assert started.returncode == 0, complaint(started)
-    assert "stopping after iteration 1" in started.stdout
-    assert "checkpoint of" not in started.stdout  # nothing new was trained
-    result = torchrun(1, *stopped[1], "--hidden-size", "32", "--train-iters", "3")
+def test_a_run_goes_on_after_it_was_killed_in_a_save(stopped: tuple[Path, list[str]]) -> None:
+    """From a checkpoint without an update, once of the form of the first versions, and once more after damage."""
+    root, flags = stopped
+    first = root / "iter_0000001"
+    (first / "manifest.json").unlink()
+
+    main = str(Path(__file__).with_name("kill_in_save.py"))
+    flags = [*flags[2:], "--hidden-size", "32", "--save-interval", "1", "--async-save"]
+    killed = torchrun(1, main, "3", *flags, "--train-iters", "4")
+    assert killed.returncode != 0
+    assert "resumed from" in killed.stdout
+    assert "checkpoint of iteration 2 saved" in killed.stdout
+    assert (root / LATEST).read_text() == "2\n"
+    assert {path.name for path in root.glob("iter_*")} == {first.name, "iter_0000002", "iter_0000003.incomplete"}
+
+    (root / "iter_0000002" / "common.pt").unlink()
+    result = torchrun(1, "-m", "megatron_sip.pretrain", *flags, "--train-iters", "3")
     assert result.returncode == 0, complaint(result)
-    assert "iteration        3/" in result.stdout
-    assert (stopped[0] / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
+    assert "iter_0000003.incomplete of an interrupted save removed" in result.stdout
+    assert f"{root / 'iter_0000002'} is damaged: common.pt is missing" in result.stdout
+    assert f"taking {first}, the newest whole checkpoint before it" in result.stdout
+    assert f"resumed from {root} at iteration 1 " in result.stdout
+    assert "save of iteration 2 started, " in result.stdout
+    assert "checkpoint of iteration 3 saved" in result.stdout
+    assert (root / LATEST).read_text() == "3\n"
+    assert {path.name for path in root.glob("iter_*")} == {first.name, "iter_0000002", "iter_0000003"}
