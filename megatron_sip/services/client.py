@@ -123,19 +123,16 @@ class ServiceClient:
         self.attempts += 1
         endpoint.calls += 1
         endpoint.in_flight += 1
+        hide = self._key.hide_in if self._key else str
         try:
-            answer = await exchange(self._session, method, url, body, headers, max(seconds, 0.001))
+            answer = await exchange(self._session, method, url, body, headers, max(seconds, 0.001), hide)
         finally:
             endpoint.in_flight -= 1
         if not isinstance(answer, Failure):
             endpoint.worked()
-            return answer
-        if answer.server_at_fault or answer.status == 429:
+        elif answer.server_at_fault or answer.status == 429:
             endpoint.failed(asyncio.get_running_loop().time())
-        if self._key is None:
-            return answer
-        clean = Missing(answer.missing.reason, self._key.hide_in(answer.missing.detail))
-        return Failure(clean, answer.again, answer.status, answer.retry_after, answer.server_at_fault)
+        return answer
 
     async def check(self) -> ServerInfo:
         """Ask every server what it serves; all must serve the same model.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
@@ -37,13 +37,32 @@ async def exchange(
     body: Mapping[str, Any] | None,
     headers: Mapping[str, str],
     seconds: float,
+    hide: Callable[[str], str] = str,
 ) -> dict[str, Any] | Failure:
-    """Send one request and read its answer within `seconds`; never raises for what a server or network does."""
+    """Send one request and read its answer within `seconds`; never raises for what a server or network does.
+
+    `hide` takes the key out of what a server says, before that is cut to a length: half a key is a secret, too.
+    """
+    answer = await _exchange(session, method, url, body, headers, seconds, hide)
+    if not isinstance(answer, Failure):
+        return answer
+    return replace(answer, missing=Missing(answer.missing.reason, one_line(hide(answer.missing.detail))))
+
+
+async def _exchange(
+    session: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    body: Mapping[str, Any] | None,
+    headers: Mapping[str, str],
+    seconds: float,
+    hide: Callable[[str], str],
+) -> dict[str, Any] | Failure:
     try:
         async with asyncio.timeout(seconds):
             # Redirects are refused: they could carry the key and the documents to another host.
             async with session.request(method, url, json=body, headers=headers, allow_redirects=False) as response:
-                return await _read(response)
+                return await _read(response, hide)
     except TimeoutError:
         return _failure(MissingReason.TIMEOUT, f"no whole answer within {seconds:.1f} s", again=True, fault=True)
     except (aiohttp.ClientError, OSError) as error:
@@ -55,7 +74,7 @@ async def exchange(
         return _failure(MissingReason.MALFORMED, f"{type(error).__name__}: {error}", again=True, fault=True)
 
 
-async def _read(response: aiohttp.ClientResponse) -> dict[str, Any] | Failure:
+async def _read(response: aiohttp.ClientResponse, hide: Callable[[str], str]) -> dict[str, Any] | Failure:
     """Read and judge one response."""
     if 300 <= response.status < 400:
         return _failure(MissingReason.HTTP_STATUS, f"{response.status}: a redirect, which is refused", response.status)
@@ -69,8 +88,8 @@ async def _read(response: aiohttp.ClientResponse) -> dict[str, Any] | Failure:
     if response.status == 200:
         if isinstance(parsed, dict):
             return parsed
-        return _failure(MissingReason.MALFORMED, describe_body(raw), 200, again=True)
-    return _status_failure(response, parsed, raw)
+        return _failure(MissingReason.MALFORMED, describe_body(raw, hide), 200, again=True)
+    return _status_failure(response, error_message(parsed) or describe_body(raw, hide))
 
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
@@ -87,17 +106,16 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
     return b"".join(parts)
 
 
-def _status_failure(response: aiohttp.ClientResponse, parsed: object, raw: bytes) -> Failure:
-    """A status other than 200."""
+def _status_failure(response: aiohttp.ClientResponse, said: str) -> Failure:
+    """A status other than 200, and what the server said of it."""
     status = response.status
-    said = error_message(parsed) or describe_body(raw)
     reason = MissingReason.HTTP_STATUS
     if status in (400, 413, 422) and any(
         mark in said.lower() for mark in ("context length", "too long", "max_model_len")
     ):
         reason = MissingReason.TOO_LONG
     return Failure(
-        missing=Missing(reason, f"{status}: {said}"[:DETAIL_LIMIT]),
+        missing=Missing(reason, f"{status}: {said}"),
         again=status in RETRY_STATUSES,
         status=status,
         retry_after=parse_retry_after(response.headers.get("Retry-After")),
@@ -108,7 +126,13 @@ def _status_failure(response: aiohttp.ClientResponse, parsed: object, raw: bytes
 def _failure(
     reason: MissingReason, detail: str, status: int | None = None, again: bool = False, fault: bool = False
 ) -> Failure:
-    return Failure(Missing(reason, detail[:DETAIL_LIMIT]), again=again, status=status, server_at_fault=fault)
+    return Failure(Missing(reason, detail), again=again, status=status, server_at_fault=fault)
+
+
+def one_line(text: str) -> str:
+    """The beginning of what a server said, fit for a log: one line, without what moves a terminal's cursor."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:DETAIL_LIMIT]
 
 
 def _parse(raw: bytes) -> object:
@@ -133,9 +157,9 @@ def error_message(parsed: object) -> str | None:
     return str(error) if error else None
 
 
-def describe_body(raw: bytes) -> str:
+def describe_body(raw: bytes, hide: Callable[[str], str] = str) -> str:
     """What an unusable body looks like, in a few words."""
-    start = raw[:200].decode("utf-8", "replace").strip()
+    start = hide(raw.decode("utf-8", "replace"))[:200].strip()
     if not start:
         return "an empty body"
     if start.startswith("<"):

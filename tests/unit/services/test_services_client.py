@@ -116,6 +116,14 @@ def test_odd_answers_are_missing_with_their_reason(
     assert after == chat_body("Conclusion: option 1"), "the client must be usable after a fault"
 
 
+def test_what_a_server_says_stays_on_its_line(server: FakeServer) -> None:
+    server.script.append(respond({"error": {"message": "no\nsuch\r\x1b[2J thing \ud83d" + 999 * "!"}}, 400))
+    (missing,) = post(settings(server.url))
+    assert isinstance(missing, Missing)
+    assert missing.detail.startswith("400: no such [2J thing !!!")
+    assert len(missing.detail) == 300
+
+
 @pytest.mark.parametrize("fault", [hang, drip])
 def test_a_silent_or_slow_server_costs_no_more_than_the_deadline(server: FakeServer, fault: Handler) -> None:
     server.fault_every_time = fault
@@ -315,6 +323,19 @@ def test_the_key_is_sent_and_never_shown(server: FakeServer) -> None:
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
     client = ServiceClient(config, {"JUDGE_API_KEY": KEY})
     assert KEY not in repr(client) + repr(client.settings) + repr(vars(client)) + str(Secret(KEY))
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [respond({"error": 285 * "x" + KEY}, 400), raw((72 * "x" + KEY).encode()), raw((192 * " " + KEY).encode())],
+)
+def test_half_a_key_is_not_shown_where_a_message_is_cut(server: FakeServer, handler: Handler) -> None:
+    server.key = KEY
+    server.script.append(handler)
+    (missing,) = post(settings(server.url), {"JUDGE_API_KEY": KEY})
+    assert isinstance(missing, Missing)
+    assert KEY[:4] not in missing.detail
+    assert "***" in missing.detail
 
 
 def test_a_wrong_key_is_not_repeated_in_the_error(server: FakeServer) -> None:
