@@ -1,0 +1,121 @@
+"""Where a run stands: its place in the stream, the checkpoints along its way, and the way back to the last of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_sip.checkpoint import dist as dist_checkpoint
+from megatron_sip.checkpoint.latest import checkpoint_folder
+from megatron_sip.checkpoint.progress import Progress
+from megatron_sip.checkpoint.writer import CheckpointWriter
+from megatron_sip.config.groups import Config
+from megatron_sip.data.cursor import ranges_of, sample_indices
+from megatron_sip.parallel.leader import Leader
+from megatron_sip.training.assemble import Stream
+from megatron_sip.training.journal import JournalKeeper
+from megatron_sip.training.report import Reporter
+from megatron_sip.training.rollback import Recovery
+from megatron_sip.training.step import PolicyTrainer
+
+
+class Course:
+    """The course of one run. Every rank makes the same calls in the same order.
+
+    `progress` is where the run stands; only `advance` and a rollback move it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        leader: Leader,
+        trainer: PolicyTrainer,
+        stream: Stream,
+        writer: CheckpointWriter,
+        journal: JournalKeeper,
+        progress: Progress,
+    ) -> None:
+        self._config, self._leader, self._trainer, self._stream = config, leader, trainer, stream
+        self._writer, self._journal = writer, journal
+        self._recovery = Recovery(config.training)
+        self.progress = self._calm = progress
+        self._stand_at(progress)
+        self._started_at = progress.iteration
+        if config.checkpoint.load and progress.iteration:
+            self._recovery.checkpoint_at(Path(config.checkpoint.load), progress.iteration)
+
+    @property
+    def ended(self) -> bool:
+        """Whether `--train-iters` are done."""
+        return self.progress.iteration >= self._config.training.train_iters
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it is time to go back to the last checkpoint."""
+        return self._recovery.stuck
+
+    def advance(self, skipped: str, samples: int) -> None:
+        """Count a finished step that took this many samples; `skipped` is that of its `StepResult`."""
+        now = self.progress
+        taken = sample_indices(now.consumed_samples, samples, now.jumped)
+        self._recovery.observe(now.iteration + 1, skipped, ranges_of(taken))
+        consumed = now.consumed_samples + samples
+        stream = self._stream.state_dict(consumed)
+        self.progress = Progress(now.iteration + 1, consumed, stream, now.jumped, self._trainer.recent_losses)
+        if self._recovery.calm:
+            self._calm = self.progress
+        self._follow(self._writer.poll)
+
+    def save_if_due(self) -> None:
+        """Save where a multiple of the interval was passed since the last checkpoint; not amid bad steps."""
+        interval = self._config.checkpoint.save_interval
+        if self._config.checkpoint.save is None or not interval or not self._recovery.calm:
+            return
+        if self.progress.iteration // interval > self._saved_at // interval:
+            self._save()
+
+    def finish(self) -> None:
+        """Save what is new, and wait until it is durable."""
+        if not self.ended:
+            # Amid bad steps: as of the last step before them, so that a resume repeats them.
+            self.progress = self._calm
+        iteration = self.progress.iteration
+        if self._config.checkpoint.save and iteration > self._started_at and self._writer.last_begun != iteration:
+            self._save()
+        self._follow(self._writer.finish)
+
+    def roll_back(self, reporter: Reporter) -> None:
+        """Go back to the last checkpoint and past the samples at fault.
+
+        Raises:
+            SipError: there is no checkpoint, or going back to it has not helped.
+        """
+
+        def load(root: Path, iteration: int) -> Progress:
+            folder = checkpoint_folder(root, iteration)
+            return dist_checkpoint.load(folder, self._leader.world, self._trainer, reporter.say, weights_only=False)
+
+        self._follow(self._writer.finish)
+        with self._leader.watch.stage("load"):
+            progress, done = self._recovery.roll_back(self.progress, load)
+        self._stand_at(progress)
+        self._leader.together(lambda: reporter.rolled_back(done))
+        self._journal.stand_at(progress)
+
+    def _stand_at(self, progress: Progress) -> None:
+        """Go on from a state that was loaded."""
+        self.progress = self._calm = progress
+        self._saved_at = progress.iteration
+        self._trainer.recent_losses = progress.recent_losses
+
+    def _save(self) -> None:
+        self._follow(lambda: self._writer.save(self._trainer, self.progress))
+        self._saved_at = self.progress.iteration
+
+    def _follow(self, writing: Callable[[], object]) -> None:
+        """Let the writer go on; a rollback goes to the newest checkpoint that is durable."""
+        with self._leader.watch.stage("save", self.progress.iteration):
+            writing()
+            self._journal.checkpointed(self._writer.last_saved)
+        if self._config.checkpoint.save and self._writer.last_saved is not None:
+            self._recovery.checkpoint_at(Path(self._config.checkpoint.save), self._writer.last_saved)
