@@ -13,7 +13,7 @@ from megatron_sip.config.groups import CheckpointConfig, Config, ModelConfig
 from megatron_sip.config.presets import require_sizes, with_preset
 from megatron_sip.config.ranges import out_of_range
 from megatron_sip.config.stages import largest_stage
-from megatron_sip.config.timeouts import stage_timeouts
+from megatron_sip.config.timeouts import IN_COLLECTIVES, stage_timeouts
 from megatron_sip.errors import ConfigError
 
 
@@ -233,7 +233,7 @@ def _timeouts(config: Config) -> Iterator[str]:
         yield str(error)
         return
     minutes = config.parallel.distributed_timeout_minutes
-    late = [f"{stage}={seconds:g}" for stage, seconds in limits.items() if seconds >= 60 * minutes]
+    late = [f"{stage}={limits[stage]:g}" for stage in IN_COLLECTIVES if limits[stage] >= 60 * minutes]
     if late:
         yield (
             f"--stage-timeout {' '.join(late)} is no less than --distributed-timeout-minutes {minutes}, whose end of a "

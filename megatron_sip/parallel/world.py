@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sip.config.groups import Config
+from megatron_sip.config.timeouts import stage_timeouts
 from megatron_sip.errors import ConfigError
 from megatron_sip.parallel import cpu
 from megatron_sip.parallel.meeting import Meeting, meet
@@ -91,6 +92,12 @@ def _choose_device(config: Config) -> tuple[torch.device, str]:
     return torch.device("cpu"), "gloo"
 
 
+def _control_timeout(config: Config) -> timedelta:
+    """Longer than any stage may take, so that the watch over the stages says who is at fault."""
+    longest = max(stage_timeouts(config.parallel.stage_timeout).values())
+    return timedelta(seconds=max(longest + 60, 60 * config.parallel.distributed_timeout_minutes))
+
+
 def start(config: Config, on_meeting: Callable[[Meeting], None] | None = None) -> World:
     """Join the process groups that `config.parallel` asks for. Settings are validated before this is called.
 
@@ -141,7 +148,7 @@ def start(config: Config, on_meeting: Callable[[Meeting], None] | None = None) -
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         model_parallel_group=parallel_state.get_model_parallel_group(),
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        control_group=dist.new_group(backend="gloo", timeout=_control_timeout(config)),
     )
 
 

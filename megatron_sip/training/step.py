@@ -71,6 +71,8 @@ class PolicyTrainer:
         self.spikes = SpikeRule.from_config(config.training)
         self.recent_losses: tuple[float, ...] = ()
         """Losses of the last accepted steps, oldest first, by which the next one is judged."""
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called before each micro-batch."""
 
     def after_weights_changed(self) -> None:
         """Start anew from weights that were just loaded into the policy: main weights, optimizer state, reference."""
@@ -196,6 +198,7 @@ class PolicyTrainer:
         """Send the micro-batches through megatron-core's schedule; what `on_logits` left, last stage only."""
 
         def forward_step(micros: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            self.on_progress()
             micro = next(micros)
             positions = position_ids(micro.layout, micro.batch.width).to(self.world.device)
             out = model(micro.batch.tokens, positions, micro.layout, (micro.scored.row, micro.scored.source))
