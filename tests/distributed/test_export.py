@@ -11,10 +11,12 @@ import torch
 from spawn import ROOT, complaint, torchrun
 from tiny_corpus import make_corpus
 
+from tools.checkpoint import convert as tool
+
 
 def convert(*flags: str) -> subprocess.CompletedProcess[str]:
-    tool = [sys.executable, str(ROOT / "tools" / "checkpoint" / "convert.py"), *flags]
-    return subprocess.run(tool, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, str(ROOT / "tools" / "checkpoint" / "convert.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def random_llama(folder: Path, tokenizer_size: int) -> None:
@@ -81,20 +83,21 @@ def test_hf_to_mcore_to_hf_is_bitwise(trained: Path) -> None:
 def test_dtype_is_that_which_was_asked_for(trained: Path) -> None:
     from safetensors.torch import load_file
 
-    done = convert("--load-dir", str(trained / "saved"), "--save-dir", str(trained / "half"), "--dtype", "bf16")
-    assert done.returncode == 0, done.stderr
+    half = ("--load-dir", str(trained / "saved"), "--save-dir", str(trained / "half"), "--dtype", "bf16")
+    assert tool.main(half) == 0
     assert {tensor.dtype for tensor in load_file(trained / "half" / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_refusals_name_the_cause_and_write_nothing(trained: Path, tmp_path: Path) -> None:
-    empty = convert("--load-dir", str(tmp_path), "--save-dir", str(tmp_path / "out"))
-    assert empty.returncode == 1
-    assert "holds no checkpoint" in empty.stderr
-    taken = convert("--load-dir", str(trained / "saved"), "--save-dir", str(trained / "hf"))
-    assert taken.returncode == 1
-    assert str(trained / "hf") in taken.stderr
-    absent = convert("--load-dir", str(trained / "saved"), "--save-dir", str(tmp_path / "out"), "--iteration", "7")
-    assert absent.returncode == 1
-    assert "iter_0000007" in absent.stderr
-    assert all(len(run.stderr.splitlines()) == 1 for run in (empty, taken, absent))
+def test_refusals_name_the_cause_and_write_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def complaint_about(*flags: str) -> str:
+        assert tool.main(flags) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    saved, out = str(trained / "saved"), str(tmp_path / "out")
+    assert "holds no checkpoint" in complaint_about("--load-dir", str(tmp_path), "--save-dir", out)
+    assert str(trained / "hf") in complaint_about("--load-dir", saved, "--save-dir", str(trained / "hf"))
+    assert "iter_0000007" in complaint_about("--load-dir", saved, "--save-dir", out, "--iteration", "7")
     assert not (tmp_path / "out").exists()

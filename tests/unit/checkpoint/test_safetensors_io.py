@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pytest
 import torch
@@ -73,6 +74,55 @@ def test_types_that_are_no_plain_floats_are_refused(folder):
     save_file({"two": torch.ones(4, dtype=torch.int8)}, folder / "b.safetensors")
     with SafetensorsFolder(folder) as source, pytest.raises(CheckpointError, match="type I8"):
         source.require_shapes({"two": (4,)})
+
+
+def raw_file(header: bytes, data: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234",
+        raw_file(b"{}", b"", length=2**63),
+        raw_file(b"{}", b"", length=200_000_000),
+        raw_file(b"{}", b"", length=100),
+        raw_file(b"{", b""),
+        raw_file(b"[]", b""),
+        raw_file(b'{"two": "\xff"}', b""),
+        raw_file(json.dumps({"two": entry(0, 16, [4])}).encode(), bytes(8)),
+        raw_file(json.dumps({"two": entry(0, 16, [5])}).encode(), bytes(16)),
+        raw_file(json.dumps({"two": entry(16, 32, [4])}).encode(), bytes(32)),
+        raw_file(json.dumps({"two": entry(0, 16, [4]), "x": entry(8, 24, [4])}).encode(), bytes(24)),
+        raw_file(json.dumps({"two": entry(-16, 0, [4])}).encode(), bytes(16)),
+        raw_file(json.dumps({"two": entry(0, 16, [2**32, 2**32])}).encode(), bytes(16)),
+        raw_file(json.dumps({"two": entry(0, 16, [4], "P32")}).encode(), bytes(16)),
+        raw_file(json.dumps({"two": entry(0, 16, [4])}).encode(), bytes(64)),
+    ],
+)
+def test_headers_that_lie_are_refused(folder, content):
+    """Lengths beyond the file or of absurd size, broken JSON, offsets that overlap, leave holes or leave the file."""
+    (folder / "b.safetensors").write_bytes(content)
+    with SafetensorsFolder(folder) as source, pytest.raises(CheckpointError, match=r"b\.safetensors"):
+        source.lazy("two")
+
+
+def test_links_are_followed_to_files_only(folder):
+    """As in the Hugging Face cache. Nothing but tensors of the right names and shapes comes out of a file."""
+    blob = folder.parent / "blob"
+    (folder / "b.safetensors").rename(blob)
+    (folder / "b.safetensors").symlink_to(blob)
+    with SafetensorsFolder(folder) as source:
+        assert source.lazy("two")[:].tolist() == [0.0, 1.0, 2.0, 3.0]
+    (folder / "b.safetensors").unlink()
+    (folder / "b.safetensors").symlink_to("/dev/zero")
+    with SafetensorsFolder(folder) as source, pytest.raises(CheckpointError, match=r"b\.safetensors is missing"):
+        source.lazy("two")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
