@@ -206,9 +206,10 @@ class PreferenceServices:
         sources = {
             name: Source(name, judge.model, judge.version, judge.settings) for name, judge in self._judges.items()
         }
-        keys = [
-            key for pool, group in zip(uniques, questions, strict=True) for key in verdict_keys(pool, group, sources)
-        ]
+        keys: list[Key] = []
+        for pool, group in zip(uniques, questions, strict=True):
+            keys += verdict_keys(pool, group, sources)
+            await asyncio.sleep(0)  # a large round must not hold up the calls that are under way
 
         def ask(index: int) -> Coroutine[Any, Any, float | Missing]:
             pool, question = asked[index]
