@@ -77,6 +77,28 @@ def test_resume_drops_what_lies_beyond_and_the_torn_line(tmp_path: Path):
     assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_run_that_goes_back_takes_its_later_steps_out_of_every_sink(tmp_path: Path):
+    path, events = tmp_path / "metrics.jsonl", tmp_path / "events"
+    sinks, stream = _open(LoggingConfig(metrics_file=str(path), tensorboard_dir=str(events)), terminal=True)
+    with sinks:
+        for step in (1, 2, 3, 4):
+            sinks.log(step, {"rewards/margins": float(step)})
+        sinks.rewind(2)
+        assert [record["iteration"] for record in read_jsonl(path)] == [1, 2]
+        sinks.log(3, {"rewards/margins": -3.0})
+    assert [record["rewards/margins"] for record in read_jsonl(path)] == [1.0, 2.0, -3.0]
+    assert _tensorboard(events) == {1: 1.0, 2: 2.0, 3: -3.0}
+    assert "2/10" in stream.getvalue().rpartition("4/10")[2]
+
+
+def test_a_file_that_cannot_be_rewound_names_its_flag(tmp_path: Path):
+    writer = JsonlWriter(tmp_path / "deep" / "metrics.jsonl", flag="--metrics-file")
+    writer.write({"iteration": 1})
+    (tmp_path / "deep").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="--metrics-file"):
+        writer.rewind(0)
+
+
 def test_fresh_run_keeps_the_file_of_an_earlier_one(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     for run in range(3):
