@@ -114,6 +114,8 @@ def _from_mcore(job: Conversion, progress: Callable[[int, int], None], say: Call
         tokenizer = job.tokenizer or (Path(config.data.tokenizer_model) if config.data.tokenizer_model else None)
         written = hf_config_from_model(config.model, dtype, special_ids(tokenizer, config.model))
         beside = Beside(written, tokenizer, TOKENIZER_FILES)
+        if source.shape.hidden_size % source.shape.num_attention_heads:
+            say("WARNING: transformers 5 loads no model whose attention heads do not divide its hidden size")
         write_hf(job.save_dir, source, beside, dtype, progress, job.max_shard_bytes)
         return
     target, shape = _target(job, config, dtype, say)

@@ -15,7 +15,7 @@ import torch
 
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.checkpoint.hf_folder import open_llama
-from megatron_sip.checkpoint.hf_names import EMBEDDING, TABLE, LlamaShape, Slot, llama_shape, slots
+from megatron_sip.checkpoint.hf_names import EMBEDDING, TABLE, Kind, LlamaShape, Slot, llama_shape, slots
 from megatron_sip.checkpoint.hf_stage import policy_shape
 from megatron_sip.checkpoint.hf_tensors import Sliceable, all_hf_shapes, unpack
 from megatron_sip.checkpoint.safetensors_io import SafetensorsFolder
@@ -98,6 +98,7 @@ class McoreSource:
         self._stored, self._prefix = stored, prefix
         unpadded = llama_shape(model)
         self._names = {slot: self._name_of(slot) for slot in slots(unpadded)}
+        self._refuse_surplus()
         self.shape = policy_shape({slot: self._size_of(slot, unpadded) for slot in self._names}, model, 1)
         self._kept: tuple[Slot, torch.dtype, Sequence[torch.Tensor]] | None = None
 
@@ -109,15 +110,26 @@ class McoreSource:
             raise CheckpointError(f"{self._stored.folder} holds no policy: {slot.entry.stored} is not in it")
         raise CheckpointError(f"{self._stored.folder} lacks {self._prefix}{slot.entry.stored}")
 
+    def _refuse_surplus(self) -> None:
+        """Refuse tensors of a model that would be left behind: a head of its own, say, where the config has it tied."""
+        spelled = {self._prefix + name for entry in TABLE for name in entry.spellings}
+        surplus = spelled & self._stored.names - set(self._names.values())
+        if surplus:
+            raise CheckpointError(
+                f"{self._stored.folder} holds {min(surplus)}, which the model of its run_config.yaml does not have"
+            )
+
     def _size_of(self, slot: Slot, shape: LlamaShape) -> tuple[int, ...]:
         """Shape of one slot's tensor, without the axis of the layers."""
-        size = self._stored.size(self._names[slot])
+        name, size = self._names[slot], self._stored.size(self._names[slot])
+        expected = (1 if slot.entry.kind is Kind.NORM else 2) + (slot.layer is not None)
+        if len(size) != expected:
+            raise CheckpointError(f"{self._stored.folder}: {name} has {len(size)} dimensions, expected {expected}")
         if slot.layer is None:
             return size
-        if not size or size[0] != shape.num_layers:
+        if size[0] != shape.num_layers:
             raise CheckpointError(
-                f"{self._stored.folder}: {self._names[slot]} has {size[0] if size else 0} layers, "
-                f"its run_config.yaml {shape.num_layers}"
+                f"{self._stored.folder}: {name} has {size[0]} layers, its run_config.yaml {shape.num_layers}"
             )
         return size[1:]
 

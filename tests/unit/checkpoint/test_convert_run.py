@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -219,6 +220,23 @@ def test_a_checkpoint_without_manifest_that_lacks_a_part_is_named(tmp_path):
     del metadata.state_dict_metadata["decoder.final_layernorm.weight"]
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     refused(tmp_path, "lacks decoder.final_layernorm", loader="mcore", saver="hf", load_dir=tmp_path / "mcore")
+
+
+def test_a_checkpoint_that_is_not_the_model_of_its_run_config_is_refused(tmp_path):
+    toy_llama(tmp_path / "hf")
+    folder = to_mcore(tmp_path / "hf", tmp_path / "mcore") / "iter_0000000"
+    (folder / "manifest.json").unlink()
+    file, source = folder / "run_config.yaml", {"loader": "mcore", "saver": "hf", "load_dir": tmp_path / "mcore"}
+    text = file.read_text()
+    for wrong, named in (
+        ("num_layers: 4", "has 3 layers, its run_config.yaml 4"),
+        ("hidden_size: 40", r"has shape .* on this rank, expected"),
+        ("untie_embeddings_and_output_weights: false", "holds output_layer.weight, which the model"),
+        ("vocab_size: 200", "128 vocabulary rows, fewer than the model's"),
+    ):
+        key = wrong.split(":", maxsplit=1)[0]
+        file.write_text(re.sub(rf"(?m)^  {key}: .*$", f"  {wrong}", text))
+        refused(tmp_path, named, **source)
 
 
 class Touch:
