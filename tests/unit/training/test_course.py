@@ -1,0 +1,142 @@
+"""When a run saves and as of which step, and where it goes on behind a rollback; with stand-ins for the store."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sip.checkpoint.progress import Progress
+from megatron_sip.config.groups import CheckpointConfig, Config, TrainingConfig
+from megatron_sip.errors import SipError
+from megatron_sip.training import course as course_module
+from megatron_sip.training.course import Course
+
+BATCH = 4
+
+
+class Store:
+    """Keeps what is saved; a save is durable at once, or with the next call of `finish`."""
+
+    def __init__(self, durable_at_once: bool = True) -> None:
+        self.saved: dict[int, Progress] = {}
+        self.last_begun: int | None = None
+        self.last_saved: int | None = None
+        self.durable_at_once = durable_at_once
+
+    def save(self, _trainer: object, progress: Progress) -> None:
+        self.saved[progress.iteration] = progress
+        self.last_begun = progress.iteration
+        if self.durable_at_once:
+            self.finish()
+
+    def poll(self) -> None:
+        """A write that is under way stays under way."""
+
+    def finish(self) -> None:
+        self.last_saved = self.last_begun
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A course of 12 iterations that saves every fourth and goes back after two bad steps."""
+
+    def make_course(store: Store, **training: int) -> Course:
+        def load(folder: Path, *_: object, **__: object) -> Progress:
+            return store.saved[int(folder.name.removeprefix("iter_"))]
+
+        monkeypatch.setattr(course_module.dist_checkpoint, "load", load)
+        config = Config(
+            training=TrainingConfig(**{"train_iters": 12, "max_skipped_iterations": 2, **training}),
+            checkpoint=CheckpointConfig(save="saved", save_interval=4),
+        )
+        watch = SimpleNamespace(stage=lambda *_: nullcontext())
+        leader = SimpleNamespace(watch=watch, world=None, together=lambda action: action())
+        trainer = SimpleNamespace(recent_losses=())
+        stream = SimpleNamespace(state_dict=lambda consumed: {"at": consumed})
+        journal = SimpleNamespace(checkpointed=lambda _iteration: None, stand_at=lambda _progress: None)
+        return Course(config, leader, trainer, stream, store, journal, Progress(0, 0, {}, (), (0.5,)))
+
+    return make_course
+
+
+REPORTER: Any = SimpleNamespace(rolled_back=lambda _done: None, say=print)
+
+
+def walk(course: Course, *steps: str) -> None:
+    """Steps with these outcomes; "" is an accepted one."""
+    for skipped in steps:
+        course.advance(skipped, BATCH)
+        if course.stuck:
+            course.roll_back(REPORTER)
+        else:
+            course.save_if_due()
+
+
+def test_it_saves_at_the_interval_and_at_the_end(make: Any) -> None:
+    store = Store()
+    course = make(store)
+    walk(course, *[""] * 10)
+    course.finish()
+    assert sorted(store.saved) == [4, 8, 10]
+    assert store.saved[10] == Progress(10, 40, {"at": 40}, (), (0.5,))
+
+
+def test_a_save_that_falls_due_amid_bad_steps_waits_for_an_accepted_one(make: Any) -> None:
+    store = Store()
+    course = make(store)
+    walk(course, "", "", "", "spike", "", "", "", "")
+    assert sorted(store.saved) == [5, 8]
+
+
+def test_a_run_that_is_stopped_amid_bad_steps_saves_as_of_the_last_step_before_them(make: Any) -> None:
+    store = Store()
+    course = make(store)
+    walk(course, *[""] * 5, "no_pairs", "non_finite")
+    course.finish()
+    assert sorted(store.saved) == [4, 6]
+    assert store.saved[6].consumed_samples == 6 * BATCH
+
+
+def test_the_last_iteration_is_saved_also_if_it_was_bad(make: Any) -> None:
+    store = Store()
+    course = make(store, train_iters=6)
+    walk(course, *[""] * 5, "spike")
+    assert course.ended
+    course.finish()
+    assert sorted(store.saved) == [4, 6]
+
+
+def test_a_rollback_goes_on_behind_the_checkpoint_and_past_the_bad_samples(make: Any) -> None:
+    store = Store()
+    course = make(store)
+    walk(course, *[""] * 5, "non_finite", "non_finite")
+    assert course.progress == Progress(4, 16, {"at": 16}, ((20, 28),), (0.5,))
+    walk(course, "", "", "", "")
+    assert store.saved[8] == Progress(8, 32, {"at": 32}, ((20, 28),), (0.5,))
+
+
+def test_a_rollback_takes_the_checkpoint_that_is_still_being_written(make: Any) -> None:
+    course = make(Store(durable_at_once=False))
+    walk(course, *[""] * 4, "non_finite", "non_finite")
+    assert course.progress.iteration == 4
+    assert course.progress.jumped == ((16, 24),)
+
+
+def test_a_rollback_right_before_the_end_leaves_nothing_to_save(make: Any) -> None:
+    store = Store()
+    course = make(store, train_iters=6)
+    walk(course, *[""] * 4, "spike", "spike")
+    assert not course.ended
+    course.finish()
+    assert sorted(store.saved) == [4]
+
+
+def test_without_a_checkpoint_it_ends(make: Any) -> None:
+    course = make(Store())
+    walk(course, "non_finite")
+    with pytest.raises(SipError, match="no checkpoint yet"):
+        walk(course, "non_finite")
