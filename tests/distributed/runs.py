@@ -49,7 +49,7 @@ class Runs:
         out = self.root / f"launch-{number}"
         out.mkdir()
         (out / "cases.json").write_text(json.dumps([self._case(case, case.ranks or world_size) for case in cases]))
-        run_checks("check_runs.py", world_size, str(out / "cases.json"), str(out), timeout=550)
+        run_checks("check_runs.py", world_size, str(out / "cases.json"), str(out), timeout=580)
         for case in cases:
             files = [out / f"{case.name}.{rank}.json" for rank in range(case.ranks or world_size)]
             self.outcomes[case.name] = [Outcome(**json.loads(file.read_text())) for file in files]

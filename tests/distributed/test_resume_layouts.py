@@ -18,31 +18,20 @@ FLAGS = (
     *("--curriculum", "schedule", "--curriculum-rollout-ramp", "12"),
     *("--curriculum-bonus", "0.05", "--curriculum-bonus-iters", "16"),
 )
-LAYOUTS = {"dp2": (), "pp2": ("--pipeline-model-parallel-size", "2"), "one": ()}
-WIDER = ("--global-batch-size", "8", "--train-iters", "8")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """One unbroken run, and runs that go on from its fifth iteration."""
-    runs = Runs(tmp_path_factory.mktemp("layouts"))
-    told = {"jumped": [list(part) for part in JUMPED]}
-    begun = ("unbroken", RESUMED)
-    runs.launch(
-        2,
-        Case("unbroken", (*FLAGS, "--tensor-model-parallel-size", "2"), told),
-        *(
-            Case(name, (*FLAGS, *flags, "--save-interval", "100"), copy_of=begun, ranks=1 if name == "one" else 2)
-            for name, flags in LAYOUTS.items()
-        ),
-        Case("wider", (*FLAGS, *WIDER), copy_of=begun, ranks=1),
-    )
-    runs.require_success("unbroken", *LAYOUTS, "wider")
-    return runs
+BEGUN = ("unbroken", RESUMED)
+CASES = (
+    Case("unbroken", (*FLAGS, "--tensor-model-parallel-size", "2"), {"jumped": [list(part) for part in JUMPED]}),
+    Case("dp2", (*FLAGS, "--save-interval", "100"), copy_of=BEGUN),
+    Case("pp2", (*FLAGS, "--save-interval", "100", "--pipeline-model-parallel-size", "2"), copy_of=BEGUN),
+    Case("one", (*FLAGS, "--save-interval", "100"), copy_of=BEGUN, ranks=1),
+    Case("wider", (*FLAGS, "--global-batch-size", "8", "--train-iters", "8"), copy_of=BEGUN, ranks=1),
+)
+LAYOUTS = ("dp2", "pp2", "one")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_are_those_of_the_unbroken_run(runs: Runs, layout: str) -> None:
+    runs.require_success("unbroken", layout)
     wanted, found = runs.steps("unbroken"), runs.steps(layout)
     assert [step["iteration"] for step in found] == list(range(1, STEPS + 1))
     losses = [(step["loss"], other["loss"]) for step, other in zip(found, wanted, strict=True) if other["loss"]]
@@ -77,6 +66,7 @@ def test_the_curriculum_goes_on_where_it_was(runs: Runs) -> None:
 
 
 def test_a_larger_batch_steps_over_the_jump_and_loses_nothing(runs: Runs) -> None:
+    runs.require_success("wider")
     report = check_audit(runs.audit("wider"))
     assert report.faults == ()
     assert report.consumed == ((0, 26), (34, 4 * RESUMED + 8 * 3 + 8))

@@ -1,6 +1,6 @@
 """Steps that go wrong: skipped and counted, taken back in a row, jumped over; and what the audit log proves of it.
 
-In each launch runs follow one another in the same ranks. The classifier that judges is deterministic.
+The classifier that judges is deterministic.
 """
 
 from __future__ import annotations
@@ -22,21 +22,16 @@ JUMPED = ((12, 20),)
 SPIKES = ("--loss-spike-threshold", "10", "--loss-spike-window", "4")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Most at DP 2, so that a fault strikes one rank alone; checkpoints behind iterations 2, 4 and 6."""
-    runs = Runs(tmp_path_factory.mktemp("rollback"))
-    runs.launch(
-        2,
-        Case("told", FLAGS, {"jumped": [list(part) for part in JUMPED]}),
-        Case("nan", FLAGS, {"samples": [12, 19], "factor": "nan"}),
-        Case("poisoned", FLAGS, {"poisoned_at": 4, "rank": 1}),
-        Case("resumed", FLAGS, copy_of=("nan", 4)),
-        Case("hopeless", (*FLAGS, "--max-rollbacks", "1"), {"samples": [*range(12, 100)], "factor": "nan"}),
-        # The last stage alone knows the loss here.
-        Case("spike", (*FLAGS, *SPIKES, "--pipeline-model-parallel-size", "2"), {"samples": [17], "factor": 50}),
-    )
-    return runs
+CASES = (
+    Case("told", FLAGS, {"jumped": [list(part) for part in JUMPED]}),
+    Case("nan", FLAGS, {"samples": [12, 19], "factor": "nan"}),
+    Case("poisoned", FLAGS, {"poisoned_at": 4, "rank": 1}),
+    Case("resumed", FLAGS, copy_of=("nan", 4)),
+    Case("hopeless", (*FLAGS, "--max-rollbacks", "1"), {"samples": [*range(12, 100)], "factor": "nan"}),
+    # The last stage alone knows the loss here.
+    Case("spike", (*FLAGS, *SPIKES, "--pipeline-model-parallel-size", "2"), {"samples": [17], "factor": 50}),
+)
+"""Most at DP 2, so that a fault strikes one rank alone; checkpoints behind iterations 2, 4 and 6."""
 
 
 def shape(records: list[Record]) -> list[str]:
