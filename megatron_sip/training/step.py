@@ -75,18 +75,10 @@ class PolicyTrainer:
         """Called before each micro-batch."""
 
     def after_weights_changed(self) -> None:
-        """Start anew from weights that were just loaded into the policy: main weights, optimizer state, reference."""
+        """Bring fp32 main weights and reference in line with weights that were just loaded into the policy."""
         self.optimizer.reload_model_params()
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            # Moments of other weights; also zeros without a step count, which a load that found none leaves behind.
-            if part.optimizer is not None:
-                part.optimizer.state.clear()
         if self.reference:
             self.reference.copy_policy()
-
-    def before_reload(self) -> None:
-        """Make ready to take a whole state from a checkpoint in the midst of a run."""
-        self.scheduler.num_steps = 0  # megatron-core adds the loaded position to the one that is there
 
     @property
     def learning_rate(self) -> float:
