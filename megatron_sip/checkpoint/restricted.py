@@ -1,9 +1,9 @@
 """Reading a checkpoint that may come from anybody: its pickles name a few known classes, or they are refused.
 
 torch reads `.metadata` and every item of bytes with the plain pickle module, which runs whatever a file names.
-Here `.metadata` goes through an unpickler that knows the classes of torch's distributed checkpoint and nothing
-else, and all other pickles through torch's weights-only unpickler. What was checked is what is used: the reader
-keeps the metadata that it read, and an item of bytes is handed on as it was checked, written anew.
+Here `.metadata` goes through an unpickler that makes the objects of torch's distributed checkpoint and does nothing
+else (`metadata_pickle`), and all other pickles go through torch's weights-only unpickler. What was checked is what is
+used: the reader keeps the metadata that it read, and an item of bytes is handed on as it was checked, written anew.
 
 megatron-core is not needed here, so that small tools read as safely as a run does.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,30 +29,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_sip.checkpoint.metadata_pickle import ForbiddenError, MetadataUnpickler
 from megatron_sip.errors import CheckpointError
 
 METADATA = ".metadata"
-_CLASSES = frozenset(
-    {
-        *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")),
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-                *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-            )
-        ),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        # The plans of all ranks, which megatron-core adds.
-        *(
-            ("torch.distributed.checkpoint.planner", name)
-            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
-        ),
-    }
-)
 _UNPICKLING_ERRORS = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError),
-    *(RuntimeError, RecursionError, MemoryError, OverflowError),
+    *(RuntimeError, RecursionError, MemoryError, OverflowError, struct.error),
 )
 
 
@@ -70,19 +54,6 @@ def _refuse(source: str, name: str) -> UnsafeFileError:
     )
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def __init__(self, stream: IO[bytes], source: str) -> None:
-        super().__init__(stream)
-        self._source = source
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
-            return found
-        raise _refuse(self._source, f"{module}.{name}")
-
-
 def read_metadata(folder: Path) -> Metadata:
     """The `.metadata` of a checkpoint folder.
 
@@ -93,7 +64,9 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA
     try:
         with path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream, str(path)).load()
+            metadata = MetadataUnpickler(stream).load()
+    except ForbiddenError as error:
+        raise _refuse(str(path), str(error)) from error
     except OSError as error:
         raise UnreadableFileError(f"{path} cannot be read: {error.strerror or error}") from error
     except _UNPICKLING_ERRORS as error:

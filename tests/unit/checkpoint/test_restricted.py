@@ -128,6 +128,87 @@ def test_every_other_name_is_refused(folder: Path, pickled: bytes, name: str) ->
         read_metadata(folder)
 
 
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def with_attribute(target: bytes, name: str, value: bytes) -> bytes:
+    """Operations that set an attribute of what `target` makes, as objects with slots do, and drop it again."""
+    return target + b"N}\x8c" + bytes([len(name)]) + name.encode() + value + b"s\x86b0"
+
+
+TEXT = b"\x8c\x0a../../evil"
+PROPERTIES = named("torch.distributed.checkpoint.metadata", "TensorProperties")
+INDEX = named("torch.distributed.checkpoint.metadata", "MetadataIndex")
+ENCODING = named("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING")
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        with_attribute(named("pathlib", "PosixPath"), "name", TEXT),
+        with_attribute(named("torch.serialization", "_get_layout"), "cache", b"}"),
+        with_attribute(PROPERTIES, "__setstate__", TEXT),
+        with_attribute(INDEX + b")\x81", "fqn", TEXT),  # of an object, but not as it is written
+        with_attribute(ENCODING + b"K\x00\x85R", "evil", TEXT),  # of a member, which all share
+        with_attribute(named("torch", "float32"), "evil", TEXT),
+        PROPERTIES + b")\x81}\x8c\x09__class__" + TEXT + b"sb0",
+    ],
+)
+def test_nothing_that_lives_longer_than_the_file_is_changed(folder: Path, operations: bytes) -> None:
+    """A class or a function that took an attribute would be another one for the whole process.
+
+    With `PosixPath.name` set, every path would pass for a file of the folder.
+    """
+    [layouts] = [dict(torch.serialization._get_layout.cache)]
+    lawful = (folder / METADATA).read_bytes()
+    assert lawful[:2] == b"\x80\x04"
+    (folder / METADATA).write_bytes(b"\x80\x04" + operations + lawful[2:])
+    with pytest.raises(UnsafeFileError, match=r"names a change of .*, which no checkpoint needs"):
+        read_metadata(folder)
+    assert Path("a/b").name == "b"
+    assert torch.serialization._get_layout.cache == layouts
+    assert "__setstate__" in vars(dcp.metadata.TensorProperties)
+
+
+@pytest.mark.parametrize(
+    ("operations", "says"),
+    [
+        (ENCODING + b"K\x00\x85RK\x00\x85R.", "a call of an object of type _MEM_FORMAT_ENCODING"),
+        (PROPERTIES + b"K\x00\x85R.", "a call of torch.distributed.checkpoint.metadata.TensorProperties"),
+        (
+            PROPERTIES + b"K\x00\x85\x81.",
+            "a new torch.distributed.checkpoint.metadata.TensorProperties made from values",
+        ),
+        (named("torch", "Size") + b")\x81.", "a new torch.Size made from values"),
+        (b"itorch\nSize\n.", "an operation of pickle"),
+        (b"\x80\x04\x82\x01.", "an operation of pickle"),
+    ],
+)
+def test_only_what_stands_in_a_checkpoint_is_called(folder: Path, operations: bytes, says: str) -> None:
+    (folder / METADATA).write_bytes(operations)
+    with pytest.raises(UnsafeFileError, match=f"names {says}, which no checkpoint needs"):
+        read_metadata(folder)
+
+
+def test_metadata_are_read_as_pickle_reads_them(folder: Path) -> None:
+    """Also those of a folder that was named by a path, and with the plans of all ranks as megatron-core adds them."""
+    metadata = pickle.loads((folder / METADATA).read_bytes())
+    chunk = dcp.metadata.ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 3)))
+    data = dcp.planner.TensorWriteData(chunk, dcp.metadata.TensorProperties(torch.bfloat16), torch.Size((2, 3)))
+    item = dcp.planner.WriteItem(
+        dcp.metadata.MetadataIndex("a", (0, 0), 1), dcp.planner.WriteItemType.SHARD, tensor_data=data
+    )
+    metadata.all_local_plans = [dcp.planner.SavePlan([item])]
+    metadata.storage_meta = dcp.metadata.StorageMeta(str(folder), "a", "b")
+    for protocol in (2, 4, 5):
+        (folder / METADATA).write_bytes(pickle.dumps(metadata, protocol))
+        assert vars(read_metadata(folder)) == vars(metadata)
+    metadata.storage_meta.checkpoint_id = folder
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    assert read_metadata(folder).storage_meta.checkpoint_id == str(folder)
+
+
 @pytest.mark.parametrize("path", ["../elsewhere.distcp", "/etc/passwd", "sub/file.distcp", "..", ""])
 def test_a_tensor_outside_the_folder_is_refused(folder: Path, path: str) -> None:
     metadata = pickle.loads((folder / METADATA).read_bytes())
