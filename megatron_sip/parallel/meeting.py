@@ -14,8 +14,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_sip.errors import SipError
+from megatron_sip.errors import ConfigError, SipError
 
+_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL = 0.05
 
 
@@ -40,8 +41,12 @@ def meet(seconds: float) -> Meeting:
     """Wait for all ranks of this start; MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE say where and how many.
 
     Raises:
+        ConfigError: a variable is missing.
         SipError: the others did not come in time.
     """
+    missing = [name for name in _NAMES if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} is not set beside RANK in the environment; start with torchrun")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Started without torchrun, rank 0 holds the store.
     ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -9,6 +9,7 @@ first backward pass within "train". Ranks write into the folder: <attempt>.<rank
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -55,6 +56,8 @@ class Saboteur:
         note = self.folder / f"{ATTEMPT}.fault"
         note.with_suffix(".part").write_text(str(time.time()))
         note.with_suffix(".part").rename(note)
+        if do == "hold Python's lock":
+            ctypes.PyDLL(None).sleep(10_000)
         if do == "raise":
             raise MemoryError("the made-up end of the memory")
         if do == "lonely collective":

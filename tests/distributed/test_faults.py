@@ -95,6 +95,7 @@ def test_hangs_are_told_apart(tmp_path: Path, corpus: list[str]) -> None:
         fault("lonely collective", 0, "train", 4),
         fault("SIGTERM and sleep", 1, "optimizer", 5),
         fault("SIGKILL", 0, "save", 5),
+        fault("hold Python's lock", 1, "report", 6),
         fault("sleep", 0, "report", 6),
     ]
     limits = ("--stage-timeout", "480", f"train={HANG}", f"report={HANG}", "--sigterm-grace", "0")
@@ -114,10 +115,13 @@ def test_hangs_are_told_apart(tmp_path: Path, corpus: list[str]) -> None:
 
         end_of(launch, 3, GONE_SECONDS)
 
-        asleep = end_of(launch, 4, HANG + GONE_SECONDS)
+        stuck = end_of(launch, 4, HANG + GONE_SECONDS)
+        assert re.search(r"no progress for 6 s in .*: rank 1 \(process .*\) does not answer, last heard of in ", stuck)
+
+        asleep = end_of(launch, 5, HANG + GONE_SECONDS)
         assert "no progress for 6 s in stage report of iteration 6" in asleep
         assert launch.agent.wait(GONE_SECONDS) == 1
         assert launch.processes() == []
-        assert resumed_at(launch) == [2, 3, 4, 4]
+        assert resumed_at(launch) == [2, 3, 4, 4, 5]
         # What the ranks themselves exit with; torchrun tells of the last start.
         assert re.findall(r"exitcode *: (\d+)", launch.said())[-1] == "3"

@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron_sip.errors import SipError
+from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.parallel import meeting as meeting_module
 from megatron_sip.parallel.inquest import Place, Report
 from megatron_sip.parallel.meeting import Meeting, meet
@@ -134,6 +134,14 @@ def test_a_meeting_is_among_those_of_one_start_only(server: dist.TCPStore, monke
         thread.join(30)
     assert len(set(names.values())) == 1
     assert meeting_module._invite(clients[4], 1, deadline) != names[0]
+
+
+def test_a_start_without_a_launcher_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set beside RANK"):
+        meet(1)
 
 
 def test_a_rank_that_does_not_come_is_named(server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
