@@ -1,4 +1,4 @@
-"""What asks a process to stop: SIGTERM, SIGINT and `--exit-duration-in-mins`."""
+"""What asks a process to stop: SIGTERM, SIGINT, SIGHUP and `--exit-duration-in-mins`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import threading
 import time
 from types import FrameType
 
-HANDLED = (signal.SIGTERM, signal.SIGINT)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ONE_REQUEST = 1.0
 """Seconds in which signals count as one request: a scheduler signals the launcher and the ranks, and the launcher
 passes its own signal on to the ranks."""
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:
@@ -37,7 +42,9 @@ class StopSignal:
         for end in (self._ear, mouth):
             os.set_blocking(end, False)
         for number in HANDLED:
-            signal.signal(number, _nothing)
+            # What nohup or a shell set aside stays so, unless torchrun passes it on: it ends the ranks then.
+            if signal.getsignal(number) is not signal.SIG_IGN or under_torchrun():
+                signal.signal(number, _nothing)
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
 
     def listen(self, seconds: float = 0.0) -> None:
@@ -72,6 +79,12 @@ class StopSignal:
         if self._deadline is not None and time.monotonic() > self._deadline:
             moments.append(self._deadline)
         return min(moments, default=None)
+
+    @property
+    def signalled_at(self) -> float | None:
+        """Monotonic seconds of the signal, or None: behind a signal stands someone who will not wait for ever."""
+        self.listen()
+        return None if self._received is None else self._received[1]
 
     @property
     def seconds(self) -> float:

@@ -36,6 +36,8 @@ _PATIENCE = 2.0
 """How long a rank that hears of another's end may take to end by itself, and close its files."""
 _VERDICT_SECONDS = ANSWER_SECONDS + 7.0
 """How long an overdue rank waits for a common verdict before it ends alone."""
+_UNHURRIED = ("save", "load")
+"""Stages that a stop does not cut short; the time to agree begins anew behind them."""
 _MEMORY = 0.7
 """Share of the old mean that a new duration of a stage leaves."""
 
@@ -59,7 +61,8 @@ class StageWatch:
         self.stop, self.grace = stop, grace
         self._limits = dict(limits)
         self._main = threading.get_ident()
-        self._parent = os.getppid()
+        # Without a launcher the parent is a shell, which may end long before what it left in the background.
+        self._parent = os.getppid() if "RANK" in os.environ else None
         now = time.monotonic()
         self._standing = Standing(Place(), now, now)
         self._means: dict[str, float] = {}
@@ -69,6 +72,8 @@ class StageWatch:
         # Written by the main thread, read by the others.
         self._stepping = self._agreed = self._ending = self._told = self._broken = False
         self._overdue_at: float | None = None
+        self._unhurried_until = 0.0
+        self._status = 0
         self._closing = threading.Event()
         self._guard = threading.Thread(target=self._run, name="sip-watch", daemon=True)
         self._guard.start()
@@ -107,6 +112,8 @@ class StageWatch:
         ended = time.monotonic()
         old = self._means.get(name, ended - now)
         self._means[name] = _MEMORY * old + (1 - _MEMORY) * (ended - now)
+        if name in _UNHURRIED:
+            self._unhurried_until = ended
         back = replace(outer if self._depth else place, entries=self._standing.place.entries + 1)
         self._standing = Standing(back, ended, ended)
 
@@ -151,9 +158,10 @@ class StageWatch:
             return
         self._told = True
         if isinstance(error, SipError):
+            self._status = REFUSED
             self._accuse(Verdict(str(error), REFUSED))
             return
-        self._broken = True
+        self._broken, self._status = True, FAILED
         consequence = _from_collective(error)
         if consequence and self._post is not None:
             self._post.look_now()
@@ -168,7 +176,7 @@ class StageWatch:
         self._ending = True
         if self._post is not None and not self._post.close():
             # Its thread sits in a call of the store, and would abort the interpreter's own end.
-            end_now(self._post.verdict.status if self._post.verdict else 0)
+            end_now(self._post.verdict.status if self._post.verdict else self._status)
         self._closing.set()
         self._guard.join(5 * _TICK)
 
@@ -226,7 +234,7 @@ class StageWatch:
             text = f"a second {self.stop.again.name}: the run ends at once, nothing more is saved"
             self._accuse_within(1.0, Verdict(text, 128 + self.stop.again))
             end_now(128 + self.stop.again)
-        if os.getppid() != self._parent:
+        if self._parent is not None and os.getppid() != self._parent:
             if self._rank == 0:
                 say("megatron_sip: error: the launcher ended without a word; the ranks end too")
             end_now(ORPHANED)
@@ -252,10 +260,11 @@ class StageWatch:
     def _alarm(self) -> Alarm | None:
         """What is overdue, if anything."""
         now, place = time.monotonic(), self.place
-        asked = None if self._agreed or self._ending else self.stop.requested_at
+        # Nobody is in a hurry behind --exit-duration-in-mins, so a long step ends as it does.
+        asked = None if self._agreed or self._ending else self.stop.signalled_at
         limit = self.grace + AGREE_SECONDS
-        saving = place.stage == "save" and self._depth > 0
-        if asked is not None and not saving and now - asked > limit:
+        unhurried = place.stage in _UNHURRIED and self._depth > 0
+        if asked is not None and not unhurried and now - max(asked, self._unhurried_until) > limit:
             return Alarm(
                 f"the ranks did not agree to stop within {limit:.0f} s of {self.stop.reason} "
                 f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}), and nothing is saved",

@@ -28,7 +28,7 @@ class Clock:
 class Stop:
     """A request to stop, as `StopSignal` tells of it."""
 
-    again, reason, requested_at, seconds = None, "SIGTERM", None, 0.0
+    again, reason, requested_at, signalled_at, seconds = None, "SIGTERM", None, None, 0.0
 
     def listen(self, _seconds: float = 0.0) -> None:
         """Nobody signals."""
@@ -100,10 +100,12 @@ def test_only_a_stage_without_progress_is_overdue(watch: StageWatch, clock: Cloc
 
 def test_a_stop_must_be_agreed_in_time_but_nothing_cuts_a_save_short(watch: StageWatch, clock: Clock) -> None:
     watch.begin_steps()
-    watch.stop.requested_at = clock.now  # type: ignore[misc]
+    watch.stop.requested_at = watch.stop.signalled_at = clock.now  # type: ignore[misc]
     clock.now += 31
     with watch.stage("save"):
         assert watch._alarm() is None
+    assert watch._alarm() is None
+    clock.now += 31
     alarm = watch._alarm()
     assert alarm is not None
     assert alarm.status == 4
