@@ -82,7 +82,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Overlap the gradient reduction with the backward pass."""
     distributed_timeout_minutes: int = 10
-    """Time-out of one collective; must be longer than the --stage-timeout of rollout, train and optimizer."""
+    """Time-out of one collective, and of the ranks' first meeting; a longer --stage-timeout counts for collectives."""
     stage_timeout: tuple[str, ...] = ("480", "assemble=1800", "load=1800", "save=1800")
     """Seconds that a stage may go on without progress before the run is ended: a number, and STAGE=SECONDS for single
     ones of assemble, load, data, rollout, rewrite, judge, train, optimizer, report, save."""

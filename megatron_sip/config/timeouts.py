@@ -8,8 +8,6 @@ from megatron_sip.errors import ConfigError
 
 STAGES = ("assemble", "load", "data", "rollout", "rewrite", "judge", "train", "optimizer", "report", "save")
 """The stages that a rank can be in; what lies between two of them counts as the one before."""
-IN_COLLECTIVES = ("rollout", "train", "optimizer")
-"""Those whose ranks wait in the collectives of the model; in the others they wait on the control group."""
 
 
 def stage_timeouts(texts: Sequence[str]) -> dict[str, float]:

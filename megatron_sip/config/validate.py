@@ -13,7 +13,7 @@ from megatron_sip.config.groups import CheckpointConfig, Config, ModelConfig
 from megatron_sip.config.presets import require_sizes, with_preset
 from megatron_sip.config.ranges import out_of_range
 from megatron_sip.config.stages import largest_stage
-from megatron_sip.config.timeouts import IN_COLLECTIVES, stage_timeouts
+from megatron_sip.config.timeouts import stage_timeouts
 from megatron_sip.errors import ConfigError
 
 
@@ -228,14 +228,6 @@ def _retention(checkpoint: CheckpointConfig) -> Iterator[str]:
 
 def _timeouts(config: Config) -> Iterator[str]:
     try:
-        limits = stage_timeouts(config.parallel.stage_timeout)
+        stage_timeouts(config.parallel.stage_timeout)
     except ConfigError as error:
         yield str(error)
-        return
-    minutes = config.parallel.distributed_timeout_minutes
-    late = [f"{stage}={limits[stage]:g}" for stage in IN_COLLECTIVES if limits[stage] >= 60 * minutes]
-    if late:
-        yield (
-            f"--stage-timeout {' '.join(late)} is no less than --distributed-timeout-minutes {minutes}, whose end of a "
-            "collective would hide which rank is at fault; raise --distributed-timeout-minutes or lower the other"
-        )

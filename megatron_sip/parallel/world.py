@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -92,8 +93,11 @@ def _choose_device(config: Config) -> tuple[torch.device, str]:
     return torch.device("cpu"), "gloo"
 
 
-def _control_timeout(config: Config) -> timedelta:
-    """Longer than any stage may take, so that the watch over the stages says who is at fault."""
+def group_timeout(config: Config) -> timedelta:
+    """Longer than any stage may take, so that the watch over the stages says who is at fault.
+
+    Ranks wait for a slow one in the collectives of every group, in loads and saves too.
+    """
     longest = max(stage_timeouts(config.parallel.stage_timeout).values())
     return timedelta(seconds=max(longest + 60, 60 * config.parallel.distributed_timeout_minutes))
 
@@ -114,8 +118,8 @@ def start(config: Config, on_meeting: Callable[[Meeting], None] | None = None) -
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    meeting = meet(timeout.total_seconds())
+    timeout = group_timeout(config)
+    meeting = meet(60.0 * config.parallel.distributed_timeout_minutes)
     if on_meeting and meeting.size > 1:
         on_meeting(meeting)
     device, backend = _choose_device(config)
@@ -128,7 +132,7 @@ def start(config: Config, on_meeting: Callable[[Meeting], None] | None = None) -
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         context_parallel_size=config.parallel.context_parallel_size,
-        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     # As in Megatron: stages draw different weights, the ranks of one stage parts of the same.
     seed = config.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -148,7 +152,7 @@ def start(config: Config, on_meeting: Callable[[Meeting], None] | None = None) -
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         model_parallel_group=parallel_state.get_model_parallel_group(),
-        control_group=dist.new_group(backend="gloo", timeout=_control_timeout(config)),
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
     )
 
 
