@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from megatron_sip.config.cli import parse_config
 from megatron_sip.config.validate import validate
 from megatron_sip.errors import ConfigError, SipError
-from megatron_sip.parallel.ending import FAILED, REFUSED, end_now
+from megatron_sip.parallel.ending import FAILED, REFUSED, end_now, leave
 
 
 def launched_world_size() -> int:
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pretrain(config)
     except SipError:
-        return REFUSED  # told by pretrain, on one rank
+        return leave(REFUSED)  # told by pretrain, on one rank
     except BaseException:
         end_now(FAILED)  # told as well; process groups and libraries are in an unknown state
-    return 0
+    return leave(0)
 
 
 if __name__ == "__main__":

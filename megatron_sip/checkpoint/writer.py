@@ -33,6 +33,7 @@ from megatron_sip.checkpoint.publish import Written, fresh_folder, publish, writ
 from megatron_sip.checkpoint.retain import clean
 from megatron_sip.config.groups import Config
 from megatron_sip.errors import CheckpointError
+from megatron_sip.parallel.ending import WRITER_THREAD
 from megatron_sip.parallel.world import World
 from megatron_sip.training.step import PolicyTrainer
 
@@ -244,5 +245,5 @@ def _in_background(action: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # whatever it is, the main thread gets it
             future.set_exception(error)
 
-    threading.Thread(target=work, name="checkpoint", daemon=True).start()
+    threading.Thread(target=work, name=WRITER_THREAD, daemon=True).start()
     return future

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -20,12 +21,26 @@ NOT_AGREED = 4
 ORPHANED = 5
 """The launcher ended, or its store."""
 
+WRITER_THREAD = "checkpoint"
+"""Name of the threads that write checkpoints."""
 _FLUSH_SECONDS = 1.0
 
 
 def say(text: str) -> None:
     """A line on standard error, past Python's buffers, whose locks another thread may hold."""
-    os.write(2, f"{text}\n".encode(errors="replace"))
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{text}\n".encode(errors="replace"))
+
+
+def leave(status: int) -> int:
+    """`status`, for a process whose files and groups are closed.
+
+    A thread that still writes an abandoned checkpoint would abort the interpreter's own end, which would tell another
+    status; then this does not return.
+    """
+    if any(thread.name == WRITER_THREAD for thread in threading.enumerate()):
+        end_now(status)
+    return status
 
 
 def end_now(status: int) -> NoReturn:
