@@ -9,6 +9,7 @@ to other leaders. Nothing but the places of the lines behind the checkpoint is h
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from megatron_sip.services.journal_files import Place, Segment, SegmentWriter, p
 from megatron_sip.services.journal_records import Entry, Key, Value, decode, encode, encode_void
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 FOLDER = "journal"
 
 
@@ -108,11 +110,16 @@ class Journal:
         self._do(lambda: self._prune(oldest_sample))
 
     def close(self) -> None:
-        """Close the open segment and end the thread; a second call does nothing."""
+        """Close the open segment and end the thread; a second call does nothing.
+
+        The last line only spares the next start a scan, so a disk that refuses it takes nothing from the run.
+        """
         if not self._ended:
             self._ended = True
             try:
                 self._do(self._end_segment)
+            except CheckpointError as error:
+                logger.warning("the journal's last segment stays open: %s", error)
             finally:
                 self._thread.shutdown()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from megatron_sip.checkpoint.agree import from_main
 from megatron_sip.checkpoint.writer import CheckpointWriter
@@ -46,10 +46,12 @@ def pretrain(config: Config) -> None:
             watch.tell(error)
             raise
         finally:
-            if run:
-                run.close()
-            if not watch.broken:
-                world_module.stop()
+            try:
+                if run:
+                    run.close()
+            finally:
+                if not watch.broken:
+                    world_module.stop()
 
 
 class Run:
@@ -75,12 +77,11 @@ class Run:
         writer.prepare()
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
-        self.trainer = together(lambda: assemble.build_trainer(self.config, world))
+        # With collectives inside: a rank that fails there could not tell the others in one of them; the watch does.
+        self.trainer = assemble.build_trainer(self.config, world)
         self.trainer.on_progress = self.watch.feed
         with self.watch.stage("load"):
-            progress = together(
-                lambda: assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
-            )
+            progress = assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
         together(lambda: reporter.start(progress))
         journal = JournalKeeper(self.config.checkpoint, self.leader, self.services, reporter.say)
         with self.watch.stage("load"):
@@ -146,10 +147,11 @@ class Run:
     def close(self) -> None:
         """Leave nothing running and no file open, whatever happened before."""
         with self.watch.stage("report"):
-            if self.services:
-                self.services.close()
-            if self.reporter:
-                self.reporter.close()
+            with ExitStack() as closing:
+                if self.reporter:
+                    closing.callback(self.reporter.close)
+                if self.services:
+                    closing.callback(self.services.close)
 
     def _reporter(self) -> Reporter:
         if self.reporter is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -209,12 +210,10 @@ class Reporter:
 
     def close(self) -> None:
         """Flush and close the sinks."""
-        if self._sinks:
-            self._sinks.close()
-        if self._samples:
-            self._samples.close()
-        if self._audit:
-            self._audit.close()
+        with ExitStack() as closing:
+            for file in (self._audit, self._samples, self._sinks):
+                if file:
+                    closing.callback(file.close)
 
 
 def _outcomes(preferences: Preferences) -> list[int]:

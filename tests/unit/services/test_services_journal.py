@@ -337,3 +337,17 @@ def test_lines_of_other_kinds_hold_no_answers() -> None:
     assert read_head(encode_void(3)) is not None
     with pytest.raises(ValueError, match="no whole record"):
         decode(encode_void(3))
+
+
+def test_a_disk_that_refuses_the_last_line_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path) as (journal, _):
+        append(journal, entries(0, 1))
+
+        def full(_handle: int, _data: memoryview) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        journal.close()
+        monkeypatch.undo()
+    with opened(tmp_path) as (_, recalled):
+        assert recalled.verdicts == 2
