@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ RUN_CONFIG = "run_config.yaml"
 BACKENDS = "metadata.json"
 """megatron-core's own note of its format."""
 
+_OWN = (METADATA, COMMON, BACKENDS, RUN_CONFIG)
+"""Files that every checkpoint has, besides its data."""
 _CHUNK = 8 << 20
+_NAMED = re.compile(r"iter_(\d+)")
 
 
 class DamagedError(Exception):
@@ -118,22 +122,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _entry(name: str, raw: dict[str, Any]) -> FileEntry:
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
         raise ValueError(f"{name!r} is no file of the folder")
     return FileEntry(int(raw["bytes"]), int(raw["crc32"], 16))
 
 
 def _described(folder: Path) -> Manifest:
     """The files that a checkpoint without a manifest must have; their sizes are the least that they may be."""
-    required = (METADATA, COMMON, BACKENDS, RUN_CONFIG)
-    missing = [name for name in required if not (folder / name).is_file()]
+    missing = [name for name in _OWN if not (folder / name).is_file()]
     if missing:
         raise DamagedError(f"{missing[0]} is missing")
     try:
         data = described_sizes(read_metadata(folder))
     except UnreadableFileError as error:
         raise DamagedError(str(error)) from error
-    whole = {name: FileEntry(1, None) for name in required}
+    whole = {name: FileEntry(1, None) for name in _OWN}
     return Manifest(FORMAT_VERSION, 0, whole | {name: FileEntry(size, None) for name, size in data.items()})
 
 
@@ -160,6 +163,7 @@ def listed(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise DamagedError("the folder is missing")
     manifest = read_manifest(folder)
+    _require_its_own(folder, manifest)
     for name, entry in sorted(manifest.files.items()):
         try:
             size = (folder / name).stat().st_size
@@ -168,6 +172,21 @@ def listed(folder: Path) -> Manifest:
         if size < entry.size or (entry.crc32 is not None and size != entry.size):
             raise DamagedError(f"{name} has {size} bytes where it should have {entry.size}")
     return manifest
+
+
+def _require_its_own(folder: Path, manifest: Manifest) -> None:
+    """A manifest that leaves files out, or of another checkpoint, would let anything pass for whole.
+
+    Raises:
+        DamagedError: naming what does not agree.
+    """
+    for name in _OWN:
+        if name not in manifest.files:
+            raise DamagedError(f"{MANIFEST} does not list {name}")
+    named = _NAMED.fullmatch(folder.name)
+    # Without the file, nothing but the name tells the iteration.
+    if (folder / MANIFEST).is_file() and named and int(named[1]) != manifest.iteration:
+        raise DamagedError(f"{MANIFEST} is that of iteration {manifest.iteration}")
 
 
 def require_bytes(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:

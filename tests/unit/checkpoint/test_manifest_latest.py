@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,33 @@ def test_a_manifest_names_files_of_its_folder_alone(root: Path) -> None:
     manifest = Manifest(FORMAT_VERSION, 6, {"../secret": FileEntry(1, 0)})
     write_manifest(checkpoint_folder(root, 6), manifest)
     assert "is no file of the folder" in str(whole_problem(checkpoint_folder(root, 6)))
+
+
+def test_a_file_name_with_a_nul_is_damage(root: Path) -> None:
+    """The system's calls would refuse it with an error of another kind."""
+    path = checkpoint_folder(root, 6) / MANIFEST
+    described = json.loads(path.read_text())
+    described["files"]["a\0b"] = {"bytes": 1, "crc32": "00000000"}
+    path.write_text(json.dumps(described))
+    assert "is no file of the folder" in str(whole_problem(path.parent))
+
+
+@pytest.mark.parametrize("left_out", [FILES[1:], *((name,) for name in FILES[1:])])
+def test_a_manifest_that_leaves_files_out_tells_nothing(root: Path, left_out: tuple[str, ...]) -> None:
+    folder = checkpoint_folder(root, 6)
+    manifest = read_manifest(folder)
+    kept = {name: entry for name, entry in manifest.files.items() if name not in left_out}
+    write_manifest(folder, replace(manifest, files=kept))
+    assert whole_problem(folder) == f"manifest.json does not list {left_out[0]}"
+    write_manifest(folder, replace(manifest, files={}))
+    assert whole_problem(folder) == "manifest.json does not list .metadata"
+
+
+def test_a_checkpoint_under_another_name_is_not_taken_for_that_iteration(root: Path) -> None:
+    checkpoint_folder(root, 4).rename(checkpoint_folder(root, 8))
+    assert whole_problem(checkpoint_folder(root, 8)) == "manifest.json is that of iteration 4"
+    (root / LATEST).write_text("8\n")
+    assert newest_whole(root, lambda _: None) == 6
 
 
 @pytest.mark.parametrize("file", FILES)

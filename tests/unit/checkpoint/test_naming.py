@@ -12,8 +12,17 @@ from typing import Any
 import pytest
 
 from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, newest_whole, saved_iterations
-from megatron_sip.checkpoint.manifest import FORMAT_VERSION, Manifest, file_entry, write_manifest
+from megatron_sip.checkpoint.manifest import (
+    BACKENDS,
+    COMMON,
+    FORMAT_VERSION,
+    RUN_CONFIG,
+    Manifest,
+    file_entry,
+    write_manifest,
+)
 from megatron_sip.checkpoint.naming import give_name, incomplete_folder, retire
+from megatron_sip.checkpoint.restricted import METADATA
 from megatron_sip.checkpoint.retain import clean
 from megatron_sip.config.groups import CheckpointConfig
 
@@ -54,7 +63,10 @@ class Killer:
 def write(folder: Path, iteration: int, mark: str) -> None:
     folder.mkdir(parents=True)
     (folder / "data").write_text(f"{mark} of {iteration}")
-    write_manifest(folder, Manifest(FORMAT_VERSION, iteration, {"data": file_entry(folder / "data")}))
+    for own in (METADATA, COMMON, BACKENDS, RUN_CONFIG):
+        (folder / own).touch()
+    files = {path.name: file_entry(path) for path in folder.iterdir()}
+    write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files))
 
 
 def name(root: Path, iteration: int, mark: str, rule: CheckpointConfig) -> None:
