@@ -41,6 +41,18 @@ def test_a_signal_is_a_request(number: signal.Signals) -> None:
     assert stop.again is None
 
 
+def test_what_nohup_set_aside_is_heard_only_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    stop = StopSignal(None)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    stop = StopSignal(None)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop()
+
+
 def test_signals_at_once_are_one_request_and_a_later_one_insists(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
