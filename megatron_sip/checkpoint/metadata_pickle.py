@@ -62,7 +62,7 @@ _ENUMS: tuple[type[Enum], ...] = (metadata._MEM_FORMAT_ENCODING, planner.WriteIt
 _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _layout,
-    **dict.fromkeys((("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")), _path),  # `_local` is of Python 3.13
+    **dict.fromkeys((("pathlib._local", "PosixPath"), ("pathlib", "PosixPath")), _path),  # `_local` is of Python 3.13
     **{(kind.__module__, kind.__name__): _member(kind) for kind in _ENUMS},
 }
 _NAMES: dict[tuple[str, str], Any] = {
