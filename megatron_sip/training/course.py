@@ -101,6 +101,9 @@ class Course:
         self._stand_at(progress)
         self._leader.together(lambda: reporter.rolled_back(done))
         self._journal.stand_at(progress)
+        if self._config.checkpoint.save:
+            # What is left out must outlive a kill, or a run that is stopped often would meet it for ever.
+            self._save()
 
     def _stand_at(self, progress: Progress) -> None:
         """Go on from a state that was loaded."""

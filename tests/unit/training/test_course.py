@@ -115,6 +115,8 @@ def test_a_rollback_goes_on_behind_the_checkpoint_and_past_the_bad_samples(make:
     course = make(store)
     walk(course, *[""] * 5, "non_finite", "non_finite")
     assert course.progress == Progress(4, 16, {"at": 16}, ((20, 28),), (0.5,))
+    # On disk at once: a kill before the next save must not bring the bad samples back.
+    assert store.saved[4] == course.progress
     walk(course, "", "", "", "")
     assert store.saved[8] == Progress(8, 32, {"at": 32}, ((20, 28),), (0.5,))
 
