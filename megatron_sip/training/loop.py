@@ -67,7 +67,7 @@ class Run:
     def assemble(self) -> None:
         """Open and build everything; all ranks do each step together, so that what fails on one is told by all."""
         together, world = self.leader.together, self.world
-        self.config = from_main(world, lambda: continued(self.config))
+        self.config = from_main(world, lambda: continued(self.config, lambda text: print(f"> {text}", flush=True)))
         self.data = together(lambda: assemble.open_data(self.config))
         self.config = together(lambda: assemble.with_model(self.config, self.data.tokenizer))
         together(lambda: validate(self.config, world.size))
@@ -146,12 +146,11 @@ class Run:
 
     def close(self) -> None:
         """Leave nothing running and no file open, whatever happened before."""
-        with self.watch.stage("report"):
-            with ExitStack() as closing:
-                if self.reporter:
-                    closing.callback(self.reporter.close)
-                if self.services:
-                    closing.callback(self.services.close)
+        with self.watch.stage("report"), ExitStack() as closing:
+            if self.reporter:
+                closing.callback(self.reporter.close)
+            if self.services:
+                closing.callback(self.services.close)
 
     def _reporter(self) -> Reporter:
         if self.reporter is None:
