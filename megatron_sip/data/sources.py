@@ -170,7 +170,7 @@ def _jsonl(lines: Iterator[bytes], path: Path, keys: Sequence[str]) -> Iterator[
             continue
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the second: brackets in brackets without end
             raise DataError(
                 f"--input {path} line {number} is not JSON ({error}); each line must be one object: mend or remove it"
             ) from error

@@ -71,7 +71,7 @@ def read_texts(file: Path) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line.decode("utf-8"))  # bad UTF-8 is a ValueError, too
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}, line {number} is no JSON in UTF-8: {error}; mend or remove it") from error
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise DataError(f'{file}, line {number} has no "text"; mend or remove it')

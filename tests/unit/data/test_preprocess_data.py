@@ -125,6 +125,7 @@ BAD = {
     "empty file": (lambda p: _bad(p, "in.jsonl", b""), ["no text under the key 'text'"]),
     "only empty": (lambda p: _bad(p, "in.jsonl", _jsonl(["", ""])), ["2 empty documents"]),
     "bad line": (lambda p: _bad(p, "in.jsonl", _jsonl(TEXTS[:2]) + b'{"text": '), ["in.jsonl line 3 is not JSON"]),
+    "deep line": (lambda p: _bad(p, "in.jsonl", b"[" * 100_000 + b"\n"), ["in.jsonl line 1 is not JSON"]),
     "not an object": (lambda p: _bad(p, "in.jsonl", b'["a"]\n'), ["line 1 is a JSON list"]),
     "absent key": (lambda p: _bad(p, "in.jsonl", b'{"body": "x", "id": 3}\n'), ["--json-keys text", "body, id"]),
     "not text": (lambda p: _bad(p, "in.jsonl", b'{"text": null}\n'), ["line 1 holds NoneType"]),

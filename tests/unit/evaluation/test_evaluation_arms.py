@@ -130,7 +130,7 @@ def test_too_few_prefixes_and_broken_lines_are_named(tmp_path: Path, tokenizer: 
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n{"words": 1}\n')
     with pytest.raises(DataError, match="line 2"):
         unsafe_prefixes(tmp_path / "d.jsonl", tokenizer, 1, 10)
-    for line in (b'{"text": "\xff"}', b'{"text": "\\ud83d"}'):
+    for line in (b'{"text": "\xff"}', b'{"text": "\\ud83d"}', b"[" * 100_000):
         (tmp_path / "f.jsonl").write_bytes(b'{"text": "x"}\n' + line + b"\n")
         with pytest.raises(DataError, match=r"f\.jsonl, line 2 .*mend or remove it"):
             unsafe_prefixes(tmp_path / "f.jsonl", tokenizer, 1, 10)
