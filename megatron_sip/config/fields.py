@@ -14,7 +14,7 @@ from typing import Any
 from megatron_sip.config.groups import Config
 
 # Whole words, so that judge_max_tokens or tokenizer_model are no secrets.
-_SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"}
+_SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials", "authorization"}
 SECRET_HELP = (
     "keys and tokens are read from the environment only (JUDGE_API_KEY, REWRITER_API_KEY, WANDB_API_KEY), "
     "so that no log, process list or checkpoint holds them"
@@ -80,7 +80,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def looks_secret(name: str) -> bool:
     """Whether a name that is no setting of ours is meant to hold a key."""
-    return bool(set(name.lower().replace("-", "_").split("_")) & _SECRET_WORDS)
+    return not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", name.lower()))
 
 
 def without_secrets(url: str) -> str:

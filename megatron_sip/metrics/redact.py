@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+
+from megatron_sip.config.fields import looks_secret, without_secrets
 
 REMOVED = "<removed>"
-_SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials", "authorization"}
 _SECRET_ENV = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 
 
@@ -26,7 +26,7 @@ def redact(value: Any, secrets: tuple[str, ...] = ()) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            str(name): REMOVED if _is_secret_name(str(name)) and item is not None else redact(item, secrets)
+            str(name): REMOVED if looks_secret(str(name)) and item is not None else redact(item, secrets)
             for name, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -34,18 +34,5 @@ def redact(value: Any, secrets: tuple[str, ...] = ()) -> Any:
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, REMOVED)
-        return _clean_url(value) if "://" in value else value
+        return without_secrets(value) if "://" in value else value
     return value
-
-
-def _is_secret_name(name: str) -> bool:
-    return not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", name.lower()))
-
-
-def _clean_url(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        return REMOVED
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
