@@ -32,6 +32,7 @@ from megatron_sip.ports import free_port, is_free
 ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1
 PROGRESS_SECONDS = 5.0
+KEYS_OF_OTHERS = ("REWRITER_API_KEY", "WANDB_API_KEY")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,6 +184,8 @@ def server_environment(device: str, threads: int, kv_cache_gib: int) -> dict[str
     """The server's environment: no hub, no usage report, bounded CPU threads, the key under vLLM's name."""
     env = dict(os.environ)
     env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    for name in KEYS_OF_OTHERS:
+        env.pop(name, None)
     key = env.pop("JUDGE_API_KEY", None)
     if key:
         env.setdefault("VLLM_API_KEY", key.strip())  # as the client sends it
