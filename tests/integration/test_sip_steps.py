@@ -100,19 +100,28 @@ def test_sip_steps_with_the_real_server(judge_url: str, tmp_path: Path) -> None:
     }
 
 
+SUFFIXES = [
+    32,
+    # The method's own length takes minutes on two cores.
+    pytest.param(128, marks=[pytest.mark.nightly, pytest.mark.timeout(2400)]),
+]
+
+
 @pytest.mark.server
-def test_sip_steps_on_smollm2(judge_url: str, smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_sip_steps_on_smollm2(judge_url: str, smollm2: Path, tmp_path: Path, suffix: int) -> None:
     """The real SmolLM2-135M as policy at TP 2, prefixes of 64 tokens, K = 2, scored by its own likelihood and more."""
     data_path = write_corpus(tmp_path, str(smollm2), documents(8, 30, seed=3))
     metrics = tmp_path / "metrics.jsonl"
     flags = ["--load", str(smollm2), "--tokenizer-model", str(smollm2), "--data-path", data_path]
     flags += ["--metrics-file", str(metrics), "--judge-url", judge_url]
     flags += (
-        "--tensor-model-parallel-size 2 --pad-query-groups --seq-length 96 --suffix-length 32 --min-prefix-length 64 "
-        "--max-prefix-length 64 --global-batch-size 2 --micro-batch-size 1 --num-rollouts 2 --train-iters 2 --lr 1e-5 "
+        f"--seq-length {64 + suffix} --suffix-length {suffix} --min-prefix-length 64 --max-prefix-length 64 "
+        "--tensor-model-parallel-size 2 --pad-query-groups --global-batch-size 2 --micro-batch-size 1 --num-rollouts 2 "
+        "--train-iters 2 --lr 1e-5 "
         "--quality-weight 0 --likelihood-weight 1 --classifier-weight 1 --judge-timeout 240"
     ).split()
-    out = run_checks(str(HERE / "check_smollm2_sip.py"), 2, *flags)
+    out = run_checks(str(HERE / "check_smollm2_sip.py"), 2, *flags, timeout=300 if suffix == 32 else 2000)
     assert out.count("padding as it should be") == 2
     assert "the reference policy starts as a copy of the policy" in out
     first, second = lines_of(metrics)
@@ -122,10 +131,10 @@ def test_sip_steps_on_smollm2(judge_url: str, smollm2: Path, tmp_path: Path) -> 
     assert first["loss"] == pytest.approx(LOG_2, abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
     assert abs(second["loss"] - LOG_2) > 1e-6, "the policy has moved, the reference has not"
-    assert first["lengths/chosen"] == first["lengths/rejected"] == 32
+    assert first["lengths/chosen"] == first["lengths/rejected"] == suffix
     assert first["grad_norm"] > 0
     # A pretrained model writes far more likely text than a fresh one, whose tokens cost ln(49152) = 10.8 each.
-    assert -first["logps/chosen"] / 32 < 6
+    assert -first["logps/chosen"] / suffix < 6
 
 
 def write_answer(body: dict[str, Any]) -> str:
