@@ -98,11 +98,25 @@ def _distributed_optimizer(config: Config) -> Iterator[str]:
             "--use-distributed-optimizer needs a GPU and the Adam of Transformer Engine or of NVIDIA's apex; "
             "install one of them (README) or leave the flag out"
         )
+    if _stores_optimizer(config.checkpoint):
+        yield (
+            "--use-distributed-optimizer has state that --save and --load cannot carry: megatron-core's default format "
+            "of it raises, and a resume from another one was never proven on GPUs; leave the flag out, or run without "
+            "--save (and with --finetune, where --load names checkpoints)"
+        )
     if "dpo" in config.training.objective and config.reference.reference != "frozen":
         yield (
             f"--use-distributed-optimizer shards the main weights that --reference {config.reference.reference} "
             "averages; say --reference frozen or leave --use-distributed-optimizer out"
         )
+
+
+def _stores_optimizer(checkpoint: CheckpointConfig) -> bool:
+    """Whether the optimizer's state is written, or taken up: a Hugging Face folder has none."""
+    if checkpoint.save is not None:
+        return True
+    load = checkpoint.load
+    return load is not None and not checkpoint.finetune and not (Path(load) / "config.json").is_file()
 
 
 def _model(config: Config, model: ModelConfig) -> Iterator[str]:

@@ -201,6 +201,20 @@ def test_the_distributed_optimizer_takes_no_moving_reference(monkeypatch: pytest
     validate(_config("--use-distributed-optimizer --objective rf-nll"), 1)
 
 
+def test_the_distributed_optimizer_is_refused_where_its_state_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint was never proven; megatron-core 0.16.1's default format raises at the first save."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    line = "--use-distributed-optimizer --reference frozen"
+    for folders in ("--save new", f"--load {tmp_path}", f"--load {tmp_path} --finetune --save new"):
+        assert "--use-distributed-optimizer has state that --save and --load" in _message(f"{line} {folders}")
+    validate(_config(f"{line} --load {tmp_path} --finetune"), 1)
+    (tmp_path / "config.json").write_text("{}")
+    validate(_config(f"{line} --load {tmp_path}"), 1)
+
+
 def test_a_hugging_face_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     message = _message(f"--load {tmp_path} --save {tmp_path}/../{tmp_path.name}")
