@@ -41,6 +41,8 @@ T = TypeVar("T")
 LONGEST_POLL = 1.0
 """Seconds between two meetings at most while a save is waited for."""
 _PROBE_BYTES = 1 << 16
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container.cc")
+"""Marks of the RuntimeError by which torch.save tells that a write failed."""
 
 
 def _probe(root: Path, rank: int) -> None:
@@ -211,14 +213,19 @@ def _written(partial: Path, action: Callable[[], T]) -> T:
     """What `action` gives; what stops it is an error that names the folder.
 
     Raises:
-        CheckpointError: a file could not be written, or the state could not be read.
+        CheckpointError: a file could not be written, or the state could not be read: not for want of space then.
     """
     try:
         return action()
     except (OSError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(
-            f"cannot write {partial}: {first_line(error)}; free space or choose another --save"
-        ) from error
+        if isinstance(error, OSError) or any(mark in str(error) for mark in _TORCH_WRITER):
+            cause = f"cannot write {partial}: {first_line(error)}; free space or choose another --save"
+        else:  # a fault of CUDA or of ours; all ranks must hear of it
+            cause = (
+                f"the save to {partial} failed with {type(error).__name__}: {first_line(error)}; the folder is not at "
+                "fault: see the traceback, and go on from the checkpoint before"
+            )
+        raise CheckpointError(cause) from error
 
 
 def _usable(root: Path, action: Callable[[], T]) -> T:
