@@ -38,13 +38,15 @@ WARM_UP_CALLS = 300
 class ClientCost:
     """One measurement. Latencies are of single calls, in milliseconds; None where calls are not seen one by one.
 
-    `cpu_us` is processor time of this process per call, `server_share` the share of its core that the server used.
+    `cpu_us` is processor time of this process per call, and `calls_per_cpu_second` its inverse, which other processes
+    on the machine disturb less than the rate by the wall clock; `server_share` is what the server used of its core.
     """
 
     depth: str
     in_flight: int
     calls: int
     calls_per_second: float
+    calls_per_cpu_second: float
     cpu_us: float
     latency_ms_median: float | None
     latency_ms_p99: float | None
@@ -163,9 +165,11 @@ async def _timed(
 def _services(url: str, server: psutil.Process, in_flight: int, calls: int) -> ClientCost:
     judge = JudgeConfig(judge_url=(url,), judge_reading="logit", judge_concurrency=in_flight)
     config = Config(preference=PreferenceConfig(pool=("rollout",)), judge=judge)
-    warm_up, *asked = pools(1 + -(-calls // len(questions())))
+    # Enough to open every connection, as in a run of which this is not the first step.
+    warm_up = pools(1 + in_flight // len(questions()), seed=2)
+    asked = pools(-(-calls // len(questions())))
     with PreferenceServices(config, {}) as services:
-        services.submit_answers([warm_up], [questions()]).result()
+        services.submit_answers(warm_up, [questions()] * len(warm_up)).result()
         clock = _Clock(server)
         answers = services.submit_answers(asked, [questions()] * len(asked)).result()
         cost = clock.cost("services", in_flight, sum(len(given) for given in answers), None, None)
@@ -188,13 +192,14 @@ class _Clock:
 
     def cost(self, depth: str, in_flight: int, calls: int, median: float | None, p99: float | None) -> ClientCost:
         """What `calls` calls have cost."""
-        wall = time.perf_counter() - self._wall
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         return ClientCost(
             depth=depth,
             in_flight=in_flight,
             calls=calls,
             calls_per_second=calls / wall,
-            cpu_us=1e6 * (time.process_time() - self._cpu) / calls,
+            calls_per_cpu_second=calls / cpu,
+            cpu_us=1e6 * cpu / calls,
             latency_ms_median=median,
             latency_ms_p99=p99,
             server_share=(self._of_server() - self._server_cpu) / wall,
@@ -208,15 +213,16 @@ def _settings(url: str, in_flight: int) -> ClientSettings:
 def table(costs: Sequence[ClientCost]) -> str:
     """The measurements for people to read, in Markdown."""
     lines = [
-        "| depth | in flight | calls/s | CPU per call (us) | latency median (ms) | p99 (ms) | server's core |",
-        "|---|---|---|---|---|---|---|",
+        "| depth | in flight | calls/s | calls per CPU second | CPU per call (us) | latency median (ms) | p99 (ms) "
+        "| server's core |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for cost in costs:
         median, p99 = (
             "-" if value is None else f"{value:.2f}" for value in (cost.latency_ms_median, cost.latency_ms_p99)
         )
         lines.append(
-            f"| {cost.depth} | {cost.in_flight} | {cost.calls_per_second:.0f} | {cost.cpu_us:.0f} | {median} | {p99} "
-            f"| {cost.server_share:.0%} |"
+            f"| {cost.depth} | {cost.in_flight} | {cost.calls_per_second:.0f} | {cost.calls_per_cpu_second:.0f} "
+            f"| {cost.cpu_us:.0f} | {median} | {p99} | {cost.server_share:.0%} |"
         )
     return "\n".join(lines)

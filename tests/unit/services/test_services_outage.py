@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from fake_server import FakeServer, Handler, hang, reset, status
-from test_services_client import settings, unused_port
+from fake_server import FakeServer, Handler, hang, reset, respond, status
+from test_services_client import KEY, settings, unused_port
 from test_services_pool import GOOD, at_once, post, until, with_client
 
 from megatron_sip.errors import ServiceError
@@ -100,6 +100,21 @@ def test_all_calls_and_all_probes_that_fail_are_an_outage(health: Handler, monke
             assert await calls == [GOOD] * 5
 
         with_client(settings(one.url, two.url, retries=1, on_outage="wait"), run)
+
+
+def test_a_key_that_a_sick_server_repeats_is_not_told() -> None:
+    with FakeServer() as server:
+        server.fault_every_time = server.health_handler = respond({"error": f"no engine for {KEY}"}, 503)
+
+        async def run(client: ServiceClient) -> None:
+            calls = asyncio.create_task(post(client))
+            await until(lambda: client.waits_for is not None)
+            calls.cancel()
+            await asyncio.wait([calls])
+            assert "no engine for ***" in str(client.waits_for)
+            assert KEY not in str(client.waits_for)
+
+        with_client(settings(server.url, on_outage="wait"), run)
 
 
 def test_a_server_that_refuses_is_no_outage() -> None:

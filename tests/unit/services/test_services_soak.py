@@ -167,6 +167,7 @@ def test_ten_thousand_verdicts_are_right_or_missing_for_their_reason(reading: Re
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("reading", "servers"), [("generate", 1), ("logit", 2)])
 def test_a_hundred_thousand_verdicts(reading: Reading, servers: int) -> None:
     check(reading, verdicts=50_000, servers=servers)
