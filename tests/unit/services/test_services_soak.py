@@ -134,7 +134,8 @@ def check(reading: Reading, verdicts: int, servers: int) -> None:
     assert count >= verdicts
     # Nothing is lost and nothing is doubled; what ran out of time before it was sent is missing, as is checked below.
     assert soak.verdicts.keys() >= schedule.attempts.keys()
-    assert max(schedule.answered.values()) == 1
+    # An answer that comes too late is lost, and asked for again where there is another server to ask.
+    assert servers > 1 or max(schedule.answered.values()) == 1
     assert max(schedule.attempts.values()) <= RETRIES + 1
     assert sum(soak.stats[f"asked/{name}"] for name in ("quality", "safety")) == count
     counted: Counter[str] = Counter()
@@ -150,7 +151,7 @@ def check(reading: Reading, verdicts: int, servers: int) -> None:
     for key, verdict in soak.verdicts.items():
         if not isinstance(verdict, Missing):
             assert verdict == pytest.approx(right_verdict(key, reading)), key
-            assert schedule.answered[key] == 1
+            assert schedule.answered[key] >= 1
             continue
         # The fault of one of its attempts, or a deadline that left no time for more of them.
         assert verdict.reason in {MissingReason.TIMEOUT, *schedule.reasons(key, reading)}, key
