@@ -280,8 +280,17 @@ class JudgeConfig:
     """Seconds that one call may take in total, retries included."""
     judge_retries: int = 3
     """Retries of a failed call within its deadline."""
-    judge_max_failed_iterations: int = 5
-    """Stop after this many iterations in a row in which every verdict is missing; their samples are not consumed."""
+    judge_hedge_after: float | None = None
+    """Seconds without an answer after which a second copy of a call is sent, for at most 5 % of them; default never."""
+    judge_failure: Literal["skip", "wait", "stop"] = "wait"
+    """When no server of a service answers. wait: the run pauses until one does; skip: the verdicts are missing; stop:
+    the run ends."""
+    judge_max_missing_share: float = 0.5
+    """Stop when more than this share of a judge's verdicts is missing over the last steps; they are not consumed."""
+    judge_missing_window: int = 5
+    """Over how many steps in which the judge was asked --judge-max-missing-share is taken."""
+    judge_ca_file: str | None = None
+    """PEM file with the authorities that signed the servers' certificates, beside those of the system."""
     allow_insecure_judge: bool = False
     """Allow sending a key over plain http to another host."""
     judge_trust_env_proxy: bool = False

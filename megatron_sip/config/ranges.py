@@ -17,14 +17,14 @@ _AT_LEAST_ONE = (
     *("max_prefix_length", "min_document_length", "micro_batch_size", "global_batch_size", "train_iters"),
     *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
-    *("judge_votes", "judge_max_tokens", "judge_max_failed_iterations", "loss_spike_window"),
+    *("judge_votes", "judge_max_tokens", "judge_missing_window", "loss_spike_window"),
     *("judge_concurrency", "rewrite_interval", "save_interval", "log_interval", "sample_log_interval"),
     *("keep_last_n", "save_retain_interval"),
 )
 _ABOVE_ZERO = (
     *("rotary_base", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "norm_epsilon"),
     *("init_method_std", "exit_duration_in_mins", "lr", "adam_eps", "beta", "judge_timeout"),
-    *("loss_spike_threshold",),
+    *("loss_spike_threshold", "judge_hedge_after"),
 )
 _AT_LEAST_ZERO = (
     *("seed", "min_lr", "sigterm_grace", "lr_warmup_iters", "weight_decay", "clip_grad", "temperature", "nll_weight"),
@@ -34,7 +34,7 @@ _AT_LEAST_ZERO = (
 )
 _ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p")
 _ZERO_TO_ONE = ("min_answered_fraction",)
-_ZERO_TO_BELOW_ONE = ("adam_beta1", "adam_beta2", "reference_ema_decay")
+_ZERO_TO_BELOW_ONE = ("adam_beta1", "adam_beta2", "reference_ema_decay", "judge_max_missing_share")
 
 _RULES = (
     (_AT_LEAST_ONE, "at least 1", lambda value: value >= 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sip.config.groups import Config
+from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.select import needs_scores
 from megatron_sip.services.build import judge_intervals, judge_settings, judge_specs, needs_rewriter, rewriter_settings
@@ -92,6 +92,7 @@ def _judges(config: Config) -> Iterator[str]:
         )
     elif served:
         yield from _server(judge_settings(judge))
+        yield from _calls(judge)
     intervals = judge_intervals(judge)
     if names and all(intervals.get(name, 1) > 1 for name in names):
         yield (
@@ -115,6 +116,18 @@ def _server(settings: ClientSettings) -> Iterator[str]:
         parse_endpoints(settings)
     except ConfigError as error:
         yield str(error)
+
+
+def _calls(judge: JudgeConfig) -> Iterator[str]:
+    """Limits of a call that contradict one another, and a file that is not there."""
+    hedge, timeout = judge.judge_hedge_after, judge.judge_timeout
+    if hedge is not None and hedge >= timeout:
+        yield (
+            f"--judge-hedge-after {hedge:g} comes behind the deadline of every call, --judge-timeout {timeout:g}; "
+            "set it to about the slowest twentieth of the answer times"
+        )
+    if judge.judge_ca_file is not None and not Path(judge.judge_ca_file).is_file():
+        yield f"--judge-ca-file {judge.judge_ca_file} is no file; name one in PEM form"
 
 
 def _rewrites(config: Config) -> Iterator[str]:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sip.errors import SipError
+from megatron_sip.parallel.pause import PauseNotes
 from megatron_sip.parallel.watch import StageWatch
 from megatron_sip.parallel.world import World
 
@@ -83,8 +84,11 @@ class Leader:
         if first is not None:
             raise first
 
-    def wait(self, future: Future[T] | None) -> T | None:
+    def wait(self, future: Future[T] | None, trouble: Callable[[], str | None] = lambda: None) -> T | None:
         """Wait until every leader's future is done; every rank calls this, those without work pass None.
+
+        `trouble` tells on a leader what its future waits for, None if all is well; the main rank prints it when a pause
+        begins, each minute, and when it is over.
 
         Returns:
             The future's result, or None where there was no future.
@@ -93,19 +97,22 @@ class Leader:
             SipError: a leader's future failed with it; on all ranks alike.
             StopRequestedError: a rank was asked to stop, and some still wait.
         """
-        poll = 0.02
+        poll, notes = 0.02, PauseNotes(self.world)
         while True:
             if future is not None:
                 wait_futures([future], timeout=poll)
             waiting = future is not None and not future.done()
-            state = torch.tensor([int(waiting), int(self.watch.stop())])
+            text = trouble() if waiting else None
+            state = torch.tensor([int(waiting), int(self.watch.stop()), int(text is not None)])
             dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.world.control_group)
             # All ranks are here and well, so a long wait is no hang.
             self.watch.feed()
             if not state[0]:
+                notes.heard(False, None)
                 break
             if state[1]:
                 raise StopRequestedError
+            notes.heard(bool(state[2]), text)
             poll = min(2 * poll, LONGEST_POLL)
         return self.together(lambda: None if future is None else future.result())
 

@@ -64,6 +64,9 @@ def judge_settings(judge: JudgeConfig) -> ClientSettings:
         retries=judge.judge_retries,
         allow_insecure=judge.allow_insecure_judge,
         trust_env_proxy=judge.judge_trust_env_proxy,
+        hedge_after=judge.judge_hedge_after,
+        on_outage=judge.judge_failure,
+        ca_file=judge.judge_ca_file,
     )
 
 

@@ -2,28 +2,51 @@
 
 Every call ends: with the parsed JSON object, or with `Missing` and a reason. It has one deadline over all its
 attempts. A call in the queue for a free slot has not begun, so a batch of n calls ends after at most
-ceil(n / concurrency) deadlines.
+ceil(n / concurrency) deadlines. The one exception is an outage of all servers, which calls may wait for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import aiohttp
 
 from megatron_sip.errors import ServiceError
-from megatron_sip.services.endpoint import ClientSettings, Endpoint, choose_endpoint, parse_endpoints, read_key
+from megatron_sip.services.circuit import Endpoint, another, choose_endpoint
+from megatron_sip.services.endpoint import ClientSettings, parse_endpoints, read_key, tls_context
+from megatron_sip.services.health import Health
+from megatron_sip.services.hedging import may_hedge, race
 from megatron_sip.services.transport import Failure, exchange
 from megatron_sip.types import Missing, MissingReason
 
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 8.0
 CHECK_SECONDS = 20.0
+PROBE_SECONDS = 5.0
+SPREAD_SECONDS = 0.25
+"""Calls that waited for the same moment go out over this long, not all at once."""
+KEEP_ALIVE_SECONDS = 4.0
+"""Less than the 5 s after which vLLM closes an idle connection: a call on one that is being closed is lost."""
 NOT_IMPLEMENTED = 501
+NOT_THERE = (404, 405, NOT_IMPLEMENTED)
+TOO_MANY_REQUESTS = 429
+
+
+class _Request(NamedTuple):
+    """What is sent, to whichever server: a GET where there is no body. `at_root` is beside /v1, not below."""
+
+    path: str
+    body: bytes | None
+    at_root: bool = False
+
+
+_HEALTH = _Request("/health", None, at_root=True)
+_MODELS = _Request("/models", None)
 
 
 @dataclass(frozen=True)
@@ -49,8 +72,18 @@ class ServiceClient:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._session: aiohttp.ClientSession | None = None
         self._jitter = random.Random()
+        self._health = Health(self._endpoints, self._probe, settings.url_flag)
+        self._hide = self._key.hide_in if self._key else str
+        self._tls = tls_context(settings) if any(e.base.startswith("https:") for e in self._endpoints) else None
         self.calls = 0
         self.attempts = 0
+        self.hedges = 0
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        """Of every request; the key is put together here, so that no attribute holds it in the open."""
+        own = {"Content-Type": "application/json"}
+        return own | {"Authorization": f"Bearer {self._key.reveal()}"} if self._key else own
 
     def __repr__(self) -> str:
         return f"ServiceClient({', '.join(e.base for e in self._endpoints)})"
@@ -59,7 +92,13 @@ class ServiceClient:
         """Make the connection pool. Proxy variables of the environment count only if asked for."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
+                connector=aiohttp.TCPConnector(
+                    # Each call in its slot may have a copy, and a probe must not queue behind calls that hang.
+                    limit=2 * self.settings.concurrency + len(self._endpoints),
+                    ttl_dns_cache=60,
+                    keepalive_timeout=KEEP_ALIVE_SECONDS,
+                    ssl=self._tls or True,
+                ),
                 timeout=aiohttp.ClientTimeout(total=None),  # the deadline is set around each attempt
                 trust_env=self.settings.trust_env_proxy,
                 auto_decompress=False,
@@ -68,71 +107,161 @@ class ServiceClient:
             )
 
     async def close(self) -> None:
-        """Close all connections."""
+        """End the probes and close all connections."""
+        await self._health.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
 
+    @property
+    def waits_for(self) -> str | None:
+        """What calls wait for, naming the servers; None while none waits. Safe to read from any thread."""
+        return self._health.outage if self.settings.on_outage == "wait" else None
+
     async def post(self, path: str, body: Mapping[str, Any], at_root: bool = False) -> dict[str, Any] | Missing:
-        """POST `body` to `path` below the base URL (`at_root`: beside /v1). Retries within one deadline."""
+        """POST `body` to `path` below the base URL (`at_root`: beside /v1). Retries within one deadline.
+
+        With `on_outage` "wait" the deadline begins anew when a server is back.
+
+        Raises:
+            ServiceError: no server answers, and `on_outage` is "stop".
+        """
+        request = _Request(path, json.dumps(body).encode(), at_root)
         async with self._slots:
             self.calls += 1
-            return await self._until_deadline(path, body, at_root)
+            while True:
+                await self._outage_is_over()
+                began = asyncio.get_running_loop().time()
+                answer = await self._until_deadline(request, began + self.settings.timeout)
+                if not isinstance(answer, Failure):
+                    return answer
+                passing = answer.again or answer.server_at_fault
+                if self.settings.on_outage == "skip" or not passing or not await self._health.is_outage(since=began):
+                    return answer.missing
 
-    async def _until_deadline(self, path: str, body: Mapping[str, Any], at_root: bool) -> dict[str, Any] | Missing:
+    async def _outage_is_over(self) -> None:
+        """Wait for a server, or raise, where calls are not to be missing for want of one."""
+        if self._health.outage is None:
+            return
+        if self.settings.on_outage == "stop":
+            raise ServiceError(
+                f"{self._health.outage}, and --judge-failure stop ends the run; start a server, then resume from the "
+                "last checkpoint"
+            )
+        if self.settings.on_outage == "wait":
+            await self._health.wait()
+
+    async def _until_deadline(self, request: _Request, deadline: float) -> dict[str, Any] | Failure:
+        """Attempts until one is answered, the deadline is near or the retries are used up."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.settings.timeout
         tried: set[str] = set()
-        for attempt in range(self.settings.retries + 1):
-            remaining = deadline - loop.time()
+        attempt = 0
+        failure: Failure | None = None
+        while True:
+            if failure is not None and self._outage_stops_retries():
+                return failure
             endpoint = choose_endpoint(self._endpoints, loop.time(), tried)
+            held = endpoint.held_until - loop.time()
+            if held > 0 and loop.time() + held < deadline:
+                await asyncio.sleep(held + self._jitter.uniform(0.0, SPREAD_SECONDS))
+                continue
+            if held > 0:
+                return _counted(failure or _asked_to_wait(endpoint, held), attempt)
             last = attempt == self.settings.retries
-            # With another server to turn to, a silent one may cost half of what is left, not all of it.
-            share = remaining if last or len(self._endpoints) == 1 else remaining / 2
-            answer = await self._attempt(endpoint, "POST", path, body, at_root, share)
+            answer = await self._attempt_or_copy(endpoint, request, deadline, tried, last)
             if not isinstance(answer, Failure):
                 return answer
+            failure, attempt = answer, attempt + 1
             tried.add(endpoint.base)
-            pause = self._pause(answer, attempt, bool({e.base for e in self._endpoints} - tried))
+            pause = 0.0 if another(self._endpoints, loop.time(), tried) else self._backoff(attempt)
             if last or not answer.again or loop.time() + pause >= deadline:
-                return self._counted(answer, attempt + 1)
+                return _counted(answer, attempt)
             if len(tried) == len(self._endpoints):
                 tried.clear()
             await asyncio.sleep(pause)
-        raise AssertionError("unreachable: the last attempt returns")
 
-    def _pause(self, failure: Failure, attempt: int, another_server: bool) -> float:
-        """Seconds before the next attempt; none when an untried server is left."""
-        if another_server:
-            return 0.0
-        backoff = min(FIRST_BACKOFF_SECONDS * 2**attempt, LONGEST_BACKOFF_SECONDS) * self._jitter.uniform(0.5, 1.5)
-        return max(backoff, failure.retry_after or 0.0)
+    def _outage_stops_retries(self) -> bool:
+        """Whether it is known by now that they lead nowhere, and what comes of that is decided elsewhere."""
+        return self._health.outage is not None and self.settings.on_outage != "skip"
 
-    def _counted(self, failure: Failure, attempts: int) -> Missing:
-        many = f" (after {attempts} attempts)" if attempts > 1 else ""
-        return Missing(failure.missing.reason, failure.missing.detail + many)
+    def _backoff(self, attempts: int) -> float:
+        """Seconds before the next attempt where there is no other server to turn to."""
+        longest = min(FIRST_BACKOFF_SECONDS * 2 ** (attempts - 1), LONGEST_BACKOFF_SECONDS)
+        return longest * self._jitter.uniform(0.5, 1.5)
 
-    async def _attempt(
-        self, endpoint: Endpoint, method: str, path: str, body: Mapping[str, Any] | None, at_root: bool, seconds: float
+    async def _attempt_or_copy(
+        self, endpoint: Endpoint, request: _Request, deadline: float, tried: set[str], last: bool
     ) -> dict[str, Any] | Failure:
-        """One exchange with one server, with its state kept and the key taken out of what is reported."""
-        if self._session is None:
-            raise RuntimeError("ServiceClient.open was not awaited")
-        headers = {"Authorization": f"Bearer {self._key.reveal()}"} if self._key else {}
-        url = (endpoint.root if at_root else endpoint.base) + path
+        """One attempt, with a second copy of it on another server where it is slow and copies are asked for.
+
+        The copy goes to the same address if there is but one: a load balancer may stand behind it, and a lost packet
+        or a stuck connection is helped by a new one.
+        """
+        loop = asyncio.get_running_loop()
+        remaining = deadline - loop.time()
+        # With another server to turn to, a silent one may cost half of what is left, not all of it.
+        turn = not last and another(self._endpoints, loop.time(), {*tried, endpoint.base})
+        first = self._attempt(endpoint, request, remaining / 2 if turn else remaining)
+        after = self.settings.hedge_after
+        if after is None or after >= remaining:
+            return await first
+
+        def copy() -> Awaitable[dict[str, Any] | Failure] | None:
+            free = another(self._endpoints, loop.time(), {endpoint.base})
+            other = choose_endpoint(self._endpoints, loop.time(), {endpoint.base}) if free else endpoint
+            if other.held_until > loop.time() or not may_hedge(self.hedges, self.calls):
+                return None
+            self.hedges += 1
+            return self._attempt(other, request, deadline - loop.time())
+
+        return await race(first, copy, after, lambda answer: not isinstance(answer, Failure))
+
+    async def _attempt(self, endpoint: Endpoint, request: _Request, seconds: float) -> dict[str, Any] | Failure:
+        """One exchange with one server, with its state kept."""
         self.attempts += 1
         endpoint.calls += 1
         endpoint.in_flight += 1
-        hide = self._key.hide_in if self._key else str
+        trial = endpoint.tripped and not endpoint.on_trial
+        endpoint.on_trial |= trial
         try:
-            answer = await exchange(self._session, method, url, body, headers, max(seconds, 0.001), hide)
+            answer = await self._send(endpoint, request, seconds)
         finally:
             endpoint.in_flight -= 1
+            endpoint.on_trial &= not trial
+        now = asyncio.get_running_loop().time()
         if not isinstance(answer, Failure):
-            endpoint.worked()
-        elif answer.server_at_fault or answer.status == 429:
-            endpoint.failed(asyncio.get_running_loop().time())
+            self._health.worked(endpoint, now)
+            return answer
+        if answer.retry_after is not None:
+            endpoint.hold(now, answer.retry_after)
+        if answer.server_at_fault:
+            self._health.failed(endpoint, now)
+        elif answer.status == TOO_MANY_REQUESTS and answer.retry_after is None:
+            self._health.limited(endpoint, now)
         return answer
+
+    async def _send(self, endpoint: Endpoint, request: _Request, seconds: float) -> dict[str, Any] | Failure:
+        """One exchange, with the key taken out of what is reported."""
+        if self._session is None:
+            raise RuntimeError("ServiceClient.open was not awaited")
+        url = (endpoint.root if request.at_root else endpoint.base) + request.path
+        method = "GET" if request.body is None else "POST"
+        return await exchange(self._session, method, url, request.body, self._headers, max(seconds, 0.001), self._hide)
+
+    async def _probe(self, endpoint: Endpoint) -> str | None:
+        """None where the server is well, else what is wrong with it.
+
+        /health is vLLM's; a server without it is asked for its models. Whoever refuses the question is there at least,
+        and why it refuses is better told by the calls.
+        """
+        answer: dict[str, Any] | Failure = {}
+        for request in (_HEALTH, _MODELS):
+            answer = await self._send(endpoint, request, min(PROBE_SECONDS, self.settings.timeout))
+            if not isinstance(answer, Failure) or answer.status not in NOT_THERE:
+                break
+        if isinstance(answer, Failure) and (answer.status is None or answer.status >= 500):
+            return answer.missing.detail
+        return None
 
     async def check(self) -> ServerInfo:
         """Ask every server what it serves; all must serve the same model.
@@ -156,7 +285,7 @@ class ServiceClient:
 
     async def _check_one(self, endpoint: Endpoint) -> ServerInfo:
         seconds = min(CHECK_SECONDS, self.settings.timeout)
-        answer = await self._attempt(endpoint, "GET", "/models", None, False, seconds)
+        answer = await self._attempt(endpoint, _MODELS, seconds)
         if isinstance(answer, Failure):
             raise ServiceError(self._explain(endpoint, answer))
         entry = self._pick_model(endpoint, answer)
@@ -171,8 +300,8 @@ class ServiceClient:
 
     async def _has_tokenize(self, endpoint: Endpoint, model: str, seconds: float) -> bool:
         """Whether /tokenize is there. ServiceError where that cannot be told: it decides how all verdicts are read."""
-        probe = {"model": model, "prompt": "a", "add_special_tokens": False}
-        answer = await self._attempt(endpoint, "POST", "/tokenize", probe, True, seconds)
+        body = json.dumps({"model": model, "prompt": "a", "add_special_tokens": False}).encode()
+        answer = await self._attempt(endpoint, _Request("/tokenize", body, at_root=True), seconds)
         if isinstance(answer, Failure):
             if answer.server_at_fault and answer.status != NOT_IMPLEMENTED:
                 raise ServiceError(
@@ -221,3 +350,17 @@ class ServiceClient:
         if failure.missing.reason is MissingReason.MALFORMED:
             return f"{endpoint.base} is no OpenAI-compatible server ({detail}); check host and port of {flags.url_flag}"
         return f"{endpoint.base} cannot be used ({detail}); check {flags.url_flag}"
+
+
+def _counted(failure: Failure, attempts: int) -> Failure:
+    """`failure` with the number of attempts in its words, where there were several."""
+    if attempts < 2:
+        return failure
+    reason, detail = failure.missing.reason, failure.missing.detail
+    return replace(failure, missing=Missing(reason, f"{detail} (after {attempts} attempts)"))
+
+
+def _asked_to_wait(endpoint: Endpoint, seconds: float) -> Failure:
+    """Why a call is not even sent: every server said that it would turn it away."""
+    detail = f"{endpoint.base} asked to be left alone for {seconds:.0f} s more, which is beyond the deadline"
+    return Failure(Missing(MissingReason.HTTP_STATUS, detail), again=False, status=TOO_MANY_REQUESTS)

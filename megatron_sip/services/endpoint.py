@@ -1,18 +1,20 @@
-"""Where a service lives and how it is reached: settings, addresses, the key, and the state of each server."""
+"""Where a service lives and how it is reached: settings, addresses, certificates and the key."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import urlsplit
 
 from megatron_sip.config.fields import without_secrets
 from megatron_sip.errors import ConfigError
+from megatron_sip.services.circuit import Endpoint
 
-FIRST_REST_SECONDS = 0.5
-LONGEST_REST_SECONDS = 30.0
+OnOutage = Literal["skip", "wait", "stop"]
 
 
 class Secret:
@@ -38,7 +40,9 @@ class ClientSettings:
     """One service: its servers and the limits of a call.
 
     `key_variables` are environment variables in order of preference. `url_flag` and `model_flag` only serve
-    messages. `timeout` is in seconds and holds for a call as a whole, retries and waits included.
+    messages. `timeout` is in seconds and holds for a call as a whole, retries and waits included. `hedge_after` are
+    seconds without an answer after which a second copy of the call is sent. `on_outage` tells what becomes of calls
+    while no server answers: they are missing, they wait for a server, or they raise.
     """
 
     urls: tuple[str, ...]
@@ -49,36 +53,11 @@ class ClientSettings:
     retries: int = 3
     allow_insecure: bool = False
     trust_env_proxy: bool = False
+    hedge_after: float | None = None
+    on_outage: OnOutage = "skip"
+    ca_file: str | None = None
     url_flag: str = "--judge-url"
     model_flag: str = "--judge-model"
-
-
-@dataclass
-class Endpoint:
-    """One server of a service. `base` ends in /v1 (or what the user gave), `root` is the same without /v1."""
-
-    base: str
-    root: str
-    in_flight: int = 0
-    failures: int = 0
-    rests_until: float = 0.0
-    calls: int = field(default=0)
-
-    def failed(self, now: float) -> None:
-        """Rest after a failure, twice as long after each further one, so that a dead server is asked seldom."""
-        self.failures += 1
-        doublings = min(self.failures - 1, 30)  # a float overflows at 1024
-        self.rests_until = now + min(FIRST_REST_SECONDS * 2**doublings, LONGEST_REST_SECONDS)
-
-    def worked(self) -> None:
-        """An answer came: the server is trusted again at once."""
-        self.failures = 0
-        self.rests_until = 0.0
-
-
-def choose_endpoint(endpoints: list[Endpoint], now: float, avoid: set[str]) -> Endpoint:
-    """The server with the fewest calls in flight; servers at rest or already tried come last."""
-    return min(endpoints, key=lambda e: (e.base in avoid, e.rests_until > now, e.in_flight, e.calls))
 
 
 def parse_endpoints(settings: ClientSettings) -> list[Endpoint]:
@@ -106,6 +85,23 @@ def _endpoint(url: str, settings: ClientSettings) -> Endpoint:
     if not parts.path.rstrip("/"):
         base += "/v1"
     return Endpoint(base=base, root=base.removesuffix("/v1"))
+
+
+def tls_context(settings: ClientSettings) -> ssl.SSLContext:
+    """What certificates are checked by: the system's authorities (or SSL_CERT_FILE's), and those of `ca_file`.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no certificate.
+    """
+    context = ssl.create_default_context()
+    if settings.ca_file is not None:
+        try:
+            context.load_verify_locations(settings.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"--judge-ca-file {settings.ca_file} holds no certificates ({error}); name a file in PEM form"
+            ) from error
+    return context
 
 
 def read_key(settings: ClientSettings, environ: Mapping[str, str] | None = None) -> Secret | None:

@@ -153,17 +153,24 @@ class PreferenceServices:
             self._journal.void(first_sample)
 
     def stats(self) -> dict[str, float]:
-        """Counts and seconds since the start: calls, attempts, prompt trims, questions, missing by reason."""
+        """Counts and seconds since the start: calls, attempts, copies, prompt trims, questions, missing by reason."""
         totals: dict[str, float] = dict(self._seconds)
         for label, server in (("judge", self._judge_server), ("rewriter", self._rewrite_server)):
             if server is not None:
                 totals[f"{label}_calls"] = server.client.calls
                 totals[f"{label}_attempts"] = server.client.attempts
+                totals[f"{label}_hedges"] = server.client.hedges
                 totals[f"{label}_prompt_trims"] = server.trims
         totals["from_journal"] = self._from_journal
-        totals |= {f"asked/{name}": count for name, count in self._asked.items()}
-        totals |= {f"missing/{name}": count for name, count in self._missing.items()}
+        # Copies: the background thread may count a rewrite meanwhile.
+        totals |= {f"asked/{name}": count for name, count in dict(self._asked).items()}
+        totals |= {f"missing/{name}": count for name, count in dict(self._missing).items()}
         return totals
+
+    def waits_for(self) -> str | None:
+        """What keeps calls waiting, naming the servers; None while every service has a server that answers."""
+        clients = [server.client for server in (self._judge_server, self._rewrite_server) if server is not None]
+        return next((client.waits_for for client in clients if client.waits_for is not None), None)
 
     def close(self) -> None:
         """Cancel what is under way, close all connections and end the thread."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from megatron_sip.errors import ServiceError
@@ -16,6 +17,9 @@ from megatron_sip.errors import ServiceError
 _OPENERS = re.compile(r"<(?=[^\s=\d<])|<(?=<)|\[(?=/?[A-Z_]{2}|end )")
 _CLOSERS = re.compile(r"(?<=[|\uff5c])>")
 
+TEXTS_KEPT = 256
+"""Clean texts that are kept: those of the pools whose questions are under way."""
+
 
 class Quoter:
     """Breaks up control strings by the general rule and by an exact list of the judge tokenizer's special tokens."""
@@ -25,9 +29,14 @@ class Quoter:
         # broken by a space and open nothing.
         exact = sorted({s for s in special_strings if len(s) > 1 and s.strip() == s}, key=lambda s: (-len(s), s))
         self._exact = re.compile("|".join(re.escape(s) for s in exact)) if exact else None
+        # A pool of 17 shows its prefix in 272 prompts and each candidate in 32; cleaning took 40 % of a verdict's time.
+        self._kept = lru_cache(maxsize=TEXTS_KEPT)(self._clean)
 
     def clean(self, text: str) -> str:
         """`text` with a space inside every control string; the same text always gives the same result."""
+        return self._kept(text)
+
+    def _clean(self, text: str) -> str:
         # A lone surrogate is no text that could be sent.
         text = text.encode("utf-8", "replace").decode("utf-8").replace("\x00", " ")
         text = _CLOSERS.sub(" >", _OPENERS.sub(_with_space, text))

@@ -34,13 +34,14 @@ async def exchange(
     session: aiohttp.ClientSession,
     method: str,
     url: str,
-    body: Mapping[str, Any] | None,
+    body: bytes | None,
     headers: Mapping[str, str],
     seconds: float,
     hide: Callable[[str], str] = str,
 ) -> dict[str, Any] | Failure:
     """Send one request and read its answer within `seconds`; never raises for what a server or network does.
 
+    `body` is JSON already, with the header that says so among `headers`: a retry need not write it anew.
     `hide` takes the key out of what a server says, before that is cut to a length: half a key is a secret, too.
     """
     answer = await _exchange(session, method, url, body, headers, seconds, hide)
@@ -53,7 +54,7 @@ async def _exchange(
     session: aiohttp.ClientSession,
     method: str,
     url: str,
-    body: Mapping[str, Any] | None,
+    body: bytes | None,
     headers: Mapping[str, str],
     seconds: float,
     hide: Callable[[str], str],
@@ -61,7 +62,7 @@ async def _exchange(
     try:
         async with asyncio.timeout(seconds):
             # Redirects are refused: they could carry the key and the documents to another host.
-            async with session.request(method, url, json=body, headers=headers, allow_redirects=False) as response:
+            async with session.request(method, url, data=body, headers=headers, allow_redirects=False) as response:
                 return await _read(response, hide)
     except TimeoutError:
         return _failure(MissingReason.TIMEOUT, f"no whole answer within {seconds:.1f} s", again=True, fault=True)

@@ -1,8 +1,10 @@
-"""Stops a run whose judges have been silent for too long: it must not go on while it trains on nothing."""
+"""Stops a run that gets too few verdicts: it must not go on while it trains on nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,45 +12,98 @@ import torch.distributed as dist
 from megatron_sip.config.groups import Config
 from megatron_sip.errors import SipError
 from megatron_sip.parallel.leader import Leader
+from megatron_sip.services.build import REWRITING_OBJECTIVES, judge_specs
 from megatron_sip.services.hub import PreferenceServices
-from megatron_sip.types import Cut, Scores
+from megatron_sip.services.journal_records import REWRITER
+from megatron_sip.types import Cut
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one service was asked in one step, and how much of it is missing; the step begins at `first_sample`."""
+
+    first_sample: int
+    asked: int
+    missing: int
+
+
+def too_few(window: Sequence[Asked], steps: int, share: float) -> bool:
+    """Whether `window` is `steps` long and more than `share` of all that was asked in it is missing."""
+    asked, missing = sum(step.asked for step in window), sum(step.missing for step in window)
+    return len(window) == steps and missing > share * asked
 
 
 class JudgeWatch:
-    """Counts the iterations in a row in which every verdict is missing. Every rank makes the same calls."""
+    """The share of missing verdicts of each judge over the last steps in which it was asked.
+
+    Each judge by itself, since a candidate that lacks one judge leaves the pool, whatever the others say. The rewriter
+    counts where a run trains on rewrites alone. Every rank makes the same calls.
+    """
 
     def __init__(self, config: Config, leader: Leader) -> None:
-        self._limit = config.judge.judge_max_failed_iterations
+        self._config = config
         self._leader = leader
-        self._in_a_row = 0
-        self._first_sample = 0
+        self._steps = config.judge.judge_missing_window
+        self._share = config.judge.judge_max_missing_share
+        names = [spec.name for spec in judge_specs(config)]
+        if config.training.objective in REWRITING_OBJECTIVES:
+            names.append(REWRITER)
+        self._windows: dict[str, deque[Asked]] = {name: deque(maxlen=self._steps) for name in names}
+        self._before: Mapping[str, float] = {}
 
-    def check(self, cuts: Sequence[Cut], scores: Sequence[Scores | None], services: PreferenceServices | None) -> None:
-        """Account for the scores of an iteration, which leaders know.
+    def check(self, cuts: Sequence[Cut], services: PreferenceServices | None) -> None:
+        """Account for the answers of an iteration, which leaders know.
 
         Before it raises it makes what the journal holds of these iterations void: a resume shall ask again, not find
         the same silence for ever.
 
         Raises:
             CheckpointError: the journal cannot be written.
-            SipError: no verdict arrived in `--judge-max-failed-iterations` iterations in a row; on all ranks alike.
+            SipError: more than `--judge-max-missing-share` of a judge's verdicts is missing over
+                `--judge-missing-window` steps; on all ranks alike.
         """
-        known = [score for score in scores if score is not None]
-        own = [sum(score.questions_asked for score in known)]
-        own += [sum(count for score in known for count in score.missing_by_reason.values())]
-        sums = torch.tensor(own, dtype=torch.int64)
+        fresh = self._fresh(services)
+        counts = [[fresh[f"asked/{name}"], sum(_missing(fresh, name).values())] for name in self._windows]
+        sums = torch.tensor(counts, dtype=torch.float64).reshape(-1, 2)
         dist.all_reduce(sums, group=self._leader.world.control_group)
-        asked, missing = sums.tolist()
-        if not asked or missing < asked:
-            self._in_a_row = 0
-            return
-        if self._in_a_row == 0:
-            self._first_sample = cuts[0].sample_index
-        self._in_a_row += 1
-        if self._in_a_row < self._limit:
-            return
-        self._leader.together(lambda: services.void(self._first_sample) if services else None)
+        for (name, window), (asked, missing) in zip(self._windows.items(), sums.tolist(), strict=True):
+            if not asked:
+                continue
+            window.append(Asked(cuts[0].sample_index, int(asked), int(missing)))
+            if too_few(window, self._steps, self._share):
+                self._stop(name, window, services)
+
+    def _fresh(self, services: PreferenceServices | None) -> Counter[str]:
+        """What the counts of the services have gained since the last call."""
+        now = {} if services is None else services.stats()
+        fresh: Counter[str] = Counter()
+        for name, total in now.items():
+            if name.startswith(("asked/", "missing/")):
+                fresh[name] = int(total - self._before.get(name, 0))
+        self._before = now
+        return fresh
+
+    def _stop(self, name: str, window: Sequence[Asked], services: PreferenceServices | None) -> None:
+        first = min(step.first_sample for step in window)
+        self._leader.together(lambda: services.void(first) if services else None)
+        reasons: list[Counter[str]] = [Counter()] * self._leader.world.size
+        own = _missing({} if services is None else services.stats(), name)
+        dist.all_gather_object(reasons, own, group=self._leader.world.control_group)
+        commonest = sum(reasons, Counter[str]()).most_common(1)
+        why = f", most often {commonest[0][0]}" if commonest else ""
+        asked, missing = sum(step.asked for step in window), sum(step.missing for step in window)
+        flag, urls = "--judge-url", self._config.judge.judge_url
+        if name == REWRITER and self._config.rewriter.rewriter_url:
+            flag, urls = "--rewriter-url", self._config.rewriter.rewriter_url
+        where = f"the server of {flag} ({' '.join(urls)})" if urls else "the candidates"
         raise SipError(
-            f"no verdict arrived in {self._limit} iterations in a row; look at the server of --judge-url, then resume "
-            "from the last checkpoint (the limit is --judge-max-failed-iterations)"
+            f"{missing} of {asked} answers of the {name} service are missing over the last {len(window)} steps{why}; "
+            f"look at {where} and at judge/missing_... in the metrics, then resume from the last checkpoint "
+            f"(the limits are --judge-max-missing-share {self._share:g} and --judge-missing-window {self._steps})"
         )
+
+
+def _missing(counts: Mapping[str, float], name: str) -> Counter[str]:
+    """Missing answers of a service by reason, from the names of `PreferenceServices.stats`."""
+    start = f"missing/{name}/"
+    return Counter({key.removeprefix(start): int(count) for key, count in counts.items() if key.startswith(start)})

@@ -121,7 +121,7 @@ class PreferenceMaker:
         """The batch of this iteration.
 
         Raises:
-            SipError: a server cannot be used at all, or none has answered for too long; on all ranks alike.
+            SipError: a server cannot be used at all, or too many verdicts are missing; on all ranks alike.
             StopRequestedError: a rank was asked to stop, and the step is not finished.
         """
         stage, where = self.boundaries.stage, (iteration + 1, (cuts[0].sample_index, cuts[-1].sample_index))
@@ -131,12 +131,12 @@ class PreferenceMaker:
             rollouts = self._write_rollouts(cuts, iteration)
         rolled = time.perf_counter()
         with stage("rewrite", *where):
-            rewrites = self.leader.wait(self._rewrites.pop(iteration, None))
+            rewrites = self.leader.wait(self._rewrites.pop(iteration, None), self._trouble)
         rewritten = time.perf_counter()
         with stage("judge", *where):
             pools, absent = self._pools(cuts, rollouts, rewrites)
             scores = self._score(pools, iteration)
-            self._watch.check(cuts, scores, self.services)
+            self._watch.check(cuts, self.services)
         pairs = [
             choose(self.config.training.objective, pool, own, self.config.training.seed)
             for pool, own in zip(pools, scores, strict=True)
@@ -156,6 +156,10 @@ class PreferenceMaker:
                 "judge_wait": judged - rewritten,
             },
         )
+
+    def _trouble(self) -> str | None:
+        """What the services wait for, on a leader."""
+        return None if self.services is None else self.services.waits_for()
 
     def forget(self) -> None:
         """Let go of the rewrites that are on their way."""
@@ -237,7 +241,7 @@ class PreferenceMaker:
             if not self.leader.any(any(questions)):
                 break
             future = self.services.submit_answers(pools, questions) if self.services else None
-            answered = self.leader.wait(future)
+            answered = self.leader.wait(future, self._trouble)
             for given, fresh in zip(answers, answered or [], strict=True):
                 given.update(fresh)
         return [self._combined(pool, given, judges, iteration) for pool, given in zip(pools, answers, strict=True)]

@@ -114,13 +114,17 @@ def bad_inputs(root: Path, guarded: FakeServer, broken: FakeServer) -> dict[str,
         "judge-without-verdicts": Bad(
             judged(
                 broken.url,
-                *("--classifier-weight", "0", "--judge-retries", "0", "--judge-max-failed-iterations", "2"),
+                *("--classifier-weight", "0", "--judge-retries", "0", "--judge-missing-window", "2"),
                 # It makes an iteration before it stops, whose reports are not the saved run's.
                 *("--train-iters", "5", "--metrics-file", f"{root}/silent.jsonl", "--sample-log", f"{root}/silent.txt"),
                 # Audit log and journal lie there.
                 *("--save", f"{root}/silent"),
             ),
-            ("no verdict arrived in 2 iterations", "--judge-url"),
+            (
+                "answers of the quality service are missing over the last 2 steps",
+                "most often http_status",
+                "--judge-url",
+            ),
         ),
     }
     assert len(found) == 25

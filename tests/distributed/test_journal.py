@@ -120,7 +120,7 @@ def outcomes(runs: Runs) -> dict[str, list[Outcome]]:
         runs.copy("killed", "again")
         runs.copy("killed", "layout")
         fickle.last = 10**9
-        silent = "--pool original rollout --classifier-weight 0 --judge-max-failed-iterations 2".split()
+        silent = "--pool original rollout --classifier-weight 0 --judge-missing-window 2".split()
         silent += ["--save-interval", "1"]
         other = "--tensor-model-parallel-size 2 --train-iters 3 --keep-last-n 1".split()
         return run_commands(
@@ -179,7 +179,7 @@ def test_segments_that_no_checkpoint_needs_are_gone(runs: Runs, outcomes: dict[s
 
 def test_a_run_that_no_judge_answered_asks_anew(runs: Runs, outcomes: dict[str, list[Outcome]]) -> None:
     assert [rank.status for rank in outcomes["silent"]] == [2, 2]
-    assert "no verdict arrived in 2 iterations in a row" in outcomes["silent"][0].stderr
+    assert "answers of the quality service are missing over the last 2 steps" in outcomes["silent"][0].stderr
     assert [rank.status for rank in outcomes["mended"]] == [0, 0], outcomes["mended"][0].stderr
     assert "journal: 0 verdicts and 0 rewrites of the steps since iteration 1\n" in outcomes["mended"][0].stdout
     second = runs.metrics("outage")[2]

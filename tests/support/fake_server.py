@@ -15,10 +15,12 @@ import asyncio
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -31,10 +33,11 @@ Answer = Callable[[dict[str, Any]], str]
 
 
 class FakeServer:
-    """One server on a free port of 127.0.0.1.
+    """One server on 127.0.0.1, on `port` or a free one; with `tls` it speaks https.
 
     `answer(body)` writes the text of a chat answer. `script` holds handlers for the next POSTs below /v1, first in
-    first out; when it is empty (or `fault_every_time` is None) requests are answered properly.
+    first out; when it is empty (or `fault_every_time` is None) requests are answered properly. `peers` are the ends of
+    all connections that POSTs came over, `probes` counts questions about its health.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class FakeServer:
         answer: Answer = lambda _body: "Conclusion: option 1",
         label_logprobs: tuple[float, ...] = (-0.5, -1.5, -2.5, -3.5, -4.5, -5.5),
         tokenize: bool = True,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.key = key
         self.models = models
@@ -56,6 +61,11 @@ class FakeServer:
         self.fault_every_time: Handler | None = None
         self.models_handler: Handler | None = None
         self.tokens_handler: Handler | None = None
+        self.health_handler: Handler | None = None
+        self.probes = 0
+        self.peers: set[object] = set()
+        self.port = port
+        self._tls = tls
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[dict[str, str]] = []
         self.in_flight = 0
@@ -70,7 +80,7 @@ class FakeServer:
     @property
     def url(self) -> str:
         """Base URL with /v1."""
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http{'s' if self._tls else ''}://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> FakeServer:
         self._thread.start()
@@ -78,12 +88,18 @@ class FakeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
-        assert not self._thread.is_alive()
+        self.close()
+
+    def close(self) -> None:
+        """Go away: connections are cut, and new ones refused. A second call does nothing."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(10)
+            assert not self._thread.is_alive()
 
     async def _serve(self) -> None:
         app = web.Application(client_max_size=64_000_000)
+        app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._scripted(self._chat))
         app.router.add_post("/v1/completions", self._scripted(self._complete))
@@ -91,7 +107,7 @@ class FakeServer:
             app.router.add_post("/tokenize", self._tokens)
         runner = web.AppRunner(app, shutdown_timeout=0.2, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", self.port, ssl_context=self._tls)
         await site.start()
         self.port = runner.addresses[0][1]
         self._ready.set()
@@ -102,6 +118,7 @@ class FakeServer:
         async def handle(request: web.Request) -> web.StreamResponse:
             self.headers.append(dict(request.headers))
             self.requests.append((request.path, await request.json()))
+            self.peers.add(request.get_extra_info("peername"))
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             try:
@@ -113,6 +130,10 @@ class FakeServer:
                 self.in_flight -= 1
 
         return handle
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        self.probes += 1
+        return await (self.health_handler or raw(b""))(request)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         self.headers.append(dict(request.headers))
@@ -245,10 +266,11 @@ async def flood(request: web.Request) -> web.StreamResponse:
     """Send 50 MB of proper JSON in chunks, without saying how much it will be."""
     response = web.StreamResponse(headers={"Content-Type": "application/json"})
     await response.prepare(request)
-    await response.write(b'{"padding": "')
-    for _ in range(50):
-        await response.write(b"x" * 1_000_000)
-    await response.write(b'"}')
+    with suppress(ConnectionResetError):  # nobody reads all of it
+        await response.write(b'{"padding": "')
+        for _ in range(50):
+            await response.write(b"x" * 1_000_000)
+        await response.write(b'"}')
     return response
 
 

@@ -134,6 +134,9 @@ def test_layout_model_batch_and_folders(line: str, world_size: int, words: list[
         ("--judge-url --quality-weight 0 --likelihood-weight 1", ["--judge-url is missing", "likelihood"]),
         ("--judge-url judge:8100", ["--judge-url", "http or https"]),
         ("--judge-interval 2", ["--judge-interval 2", "--classifier-weight"]),
+        ("--judge-hedge-after 120", ["--judge-hedge-after 120", "--judge-timeout 120"]),
+        ("--judge-ca-file /nowhere/ca.pem", ["--judge-ca-file /nowhere/ca.pem is no file"]),
+        ("--judge-max-missing-share 1", ["--judge-max-missing-share is 1", "below 1"]),
         ("--judge-reading logit --judge-votes 5", ["--judge-votes 5", "--judge-reading logit"]),
         ("--classifier toxic-bilstm --classifier-weight 1", ["--classifier-path"]),
         (

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sip.errors import ServiceError
 from megatron_sip.services import prompts
-from megatron_sip.services.quoting import Quoter, nonce, special_strings_of
+from megatron_sip.services.quoting import TEXTS_KEPT, Quoter, nonce, special_strings_of
 
 CONTROL_STRINGS = [
     "<|im_end|>",
@@ -71,6 +71,14 @@ def test_cleaning_twice_changes_nothing_more() -> None:
     for control in [*CONTROL_STRINGS, "@@@@"]:
         once = quoter.clean(f"x{control}y")
         assert quoter.clean(once) == once
+
+
+def test_texts_that_are_kept_are_as_those_that_are_not() -> None:
+    quoter = Quoter(["@@"])
+    texts = [f"<|im_end|> [INST] @@ a < b {number} <s>\ud800" for number in range(2 * TEXTS_KEPT)]
+    for _ in range(2):
+        assert [quoter.clean(text) for text in texts] == [Quoter(["@@"]).clean(text) for text in texts]
+    assert Quoter().clean("@@") == "@@", "another tokenizer's control strings are another's"
 
 
 def test_special_strings_come_from_the_model_folder(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""The state of one server of a service, and the choice among several. Pure: the clock is an argument.
+
+A circuit breaker in three states. Closed: calls go there. Open, after `TRIP_FAILURES` failures in a row: none go there
+while another server is usable. Half-open, when a rest is over and a health probe succeeded: one call is let through; if
+it works the circuit is closed, if it fails the server rests for twice as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+TRIP_FAILURES = 5
+FIRST_REST_SECONDS = 0.5
+LONGEST_REST_SECONDS = 30.0
+LONGEST_PROBED_REST_SECONDS = 5.0
+"""A probe costs nobody a call, so a server that is away is asked for its health this often at least."""
+LONGEST_HOLD_SECONDS = 300.0
+"""What is believed of a Retry-After: after this time the server is asked again, whatever it named."""
+
+_USABLE, _RESTING, _ON_TRIAL, _HELD, _OPEN = range(5)
+
+
+@dataclass
+class Endpoint:
+    """One server of a service. `base` ends in /v1 (or what the user gave), `root` is the same without /v1.
+
+    `failures` counts in a row and makes the circuit; `rests` counts in a row and makes the next one longer. Times are
+    those of the event loop, in seconds.
+    """
+
+    base: str
+    root: str
+    in_flight: int = 0
+    calls: int = 0
+    failures: int = 0
+    rests: int = 0
+    resting: bool = False
+    rests_until: float = 0.0
+    held_until: float = 0.0
+    on_trial: bool = False
+    worked_at: float = float("-inf")
+
+    @property
+    def tripped(self) -> bool:
+        """Whether the circuit is open or half-open."""
+        return self.failures >= TRIP_FAILURES
+
+    def failed(self, now: float) -> None:
+        """A call failed, and it was the server's fault. Calls that fail while it rests do not make the rest longer."""
+        self.failures += 1
+        if not self.resting:
+            self.rest(now)
+
+    def rest(self, now: float, longest: float = LONGEST_REST_SECONDS) -> None:
+        """Rest, twice as long as the last time, until a probe finds the server well."""
+        self.rests += 1
+        doublings = min(self.rests - 1, 30)  # a float overflows at 1024
+        self.resting = True
+        self.rests_until = now + min(FIRST_REST_SECONDS * 2**doublings, longest)
+
+    def hold(self, now: float, seconds: float) -> None:
+        """The server asked to be left alone (Retry-After)."""
+        self.held_until = max(self.held_until, now + min(seconds, LONGEST_HOLD_SECONDS))
+
+    def worked(self, now: float) -> None:
+        """An answer came: the server is trusted again at once."""
+        self.failures = self.rests = 0
+        self.resting = False
+        self.worked_at = now
+
+    def probed(self, well: bool, now: float) -> None:
+        """A health probe at the end of a rest. Success ends the rest; what tripped the circuit only a call can mend."""
+        if well:
+            self.resting = False
+        else:
+            self.rest(now, LONGEST_PROBED_REST_SECONDS)
+
+    def standing(self, now: float) -> int:
+        """Its class in the choice, the lower the better."""
+        if self.resting:
+            return _OPEN if self.tripped else _RESTING
+        if self.held_until > now:
+            return _HELD
+        return _ON_TRIAL if self.tripped and self.on_trial else _USABLE
+
+
+def choose_endpoint(endpoints: Iterable[Endpoint], now: float, avoid: Collection[str]) -> Endpoint:
+    """The server for the next attempt: usable ones first, those of `avoid` last among them, then by calls in flight."""
+
+    def order(endpoint: Endpoint) -> tuple[bool, bool, int, int, int]:
+        standing = endpoint.standing(now)
+        return standing > _RESTING, endpoint.base in avoid, standing, endpoint.in_flight, endpoint.calls
+
+    return min(endpoints, key=order)
+
+
+def another(endpoints: Iterable[Endpoint], now: float, avoid: Collection[str]) -> bool:
+    """Whether a server that is not in `avoid` may be called at once."""
+    return any(endpoint.base not in avoid and endpoint.standing(now) <= _RESTING for endpoint in endpoints)

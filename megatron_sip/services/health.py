@@ -1,0 +1,120 @@
+"""Health of the servers of one service: probes while they rest, and the knowledge that none of them answers at all.
+
+A server that works is never probed. One that failed is asked for its health at the end of each rest, in a task of its
+own, until it is well. An outage is declared only by probes that fail on every server: calls that fail on a server that
+says it is well are missing verdicts, and nothing waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from megatron_sip.services.circuit import Endpoint
+
+logger = logging.getLogger(__name__)
+
+Probe = Callable[[Endpoint], Awaitable[str | None]]
+"""Asks a server for its health: None where it is well, else what is wrong, in a few words without secrets."""
+
+
+class Health:
+    """Watches the servers of one service from within its event loop. `name` says in messages whose they are."""
+
+    def __init__(self, endpoints: Sequence[Endpoint], probe: Probe, name: str) -> None:
+        self._endpoints = endpoints
+        self._probe = probe
+        self._name = name
+        self._nurses: dict[str, asyncio.Task[None]] = {}
+        self._roll_call: asyncio.Task[bool] | None = None
+        self._outage: str | None = None
+        self._over = asyncio.Event()
+
+    @property
+    def outage(self) -> str | None:
+        """What keeps the service away, naming its servers; None while one answers. Safe to read from any thread."""
+        return self._outage
+
+    def failed(self, endpoint: Endpoint, now: float) -> None:
+        """A call failed by the server's fault."""
+        endpoint.failed(now)
+        self._nurse(endpoint)
+
+    def limited(self, endpoint: Endpoint, now: float) -> None:
+        """The server turned a call away for its rate, and did not say for how long."""
+        if not endpoint.resting:
+            endpoint.rest(now)
+        self._nurse(endpoint)
+
+    def worked(self, endpoint: Endpoint, now: float) -> None:
+        """A call was answered."""
+        endpoint.worked(now)
+        if self._outage is not None:
+            self._end_outage(endpoint)
+
+    async def is_outage(self, since: float) -> bool:
+        """Whether no server answers: none has since that time of the loop, and now all fail a probe."""
+        if self._outage is not None:
+            return True
+        if any(endpoint.worked_at >= since for endpoint in self._endpoints):
+            return False
+        if self._roll_call is None or self._roll_call.done():
+            self._roll_call = asyncio.create_task(self._call_the_roll())
+        # Many calls fail at once and wait for the same probes; the end of one must not take them from the others.
+        return await asyncio.shield(self._roll_call)
+
+    async def wait(self) -> None:
+        """Until the outage is over; at once where there is none."""
+        while self._outage is not None:
+            for endpoint in self._endpoints:
+                self._nurse(endpoint)
+            await self._over.wait()
+
+    async def close(self) -> None:
+        """End all probes."""
+        tasks: list[asyncio.Task[None] | asyncio.Task[bool]] = [*self._nurses.values()]
+        if self._roll_call is not None:
+            tasks.append(self._roll_call)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._nurses.clear()
+
+    def _nurse(self, endpoint: Endpoint) -> None:
+        """Look after a resting server, unless somebody does."""
+        known = self._nurses.get(endpoint.base)
+        if endpoint.resting and (known is None or known.done()):
+            self._nurses[endpoint.base] = asyncio.create_task(self._until_well(endpoint))
+
+    async def _until_well(self, endpoint: Endpoint) -> None:
+        loop = asyncio.get_running_loop()
+        while endpoint.resting:
+            wake = max(endpoint.rests_until, endpoint.held_until)
+            if wake > loop.time():
+                await asyncio.sleep(wake - loop.time())
+                continue  # it may have been put to rest anew, or a call has worked
+            endpoint.probed(await self._probe(endpoint) is None, loop.time())
+        if self._outage is not None:
+            self._end_outage(endpoint)
+
+    async def _call_the_roll(self) -> bool:
+        said = await asyncio.gather(*(self._probe(endpoint) for endpoint in self._endpoints))
+        now = asyncio.get_running_loop().time()
+        complaints: list[str] = []
+        for endpoint, complaint in zip(self._endpoints, said, strict=True):
+            if complaint is not None:
+                complaints.append(f"{endpoint.base}: {complaint}")
+                if not endpoint.resting:
+                    endpoint.rest(now)
+        if len(complaints) < len(self._endpoints):
+            return False
+        self._outage = f"no server of {self._name} answers ({'; '.join(complaints)})"
+        self._over.clear()
+        logger.info("%s", self._outage)
+        return True
+
+    def _end_outage(self, endpoint: Endpoint) -> None:
+        logger.info("%s of %s answers again", endpoint.base, self._name)
+        self._outage = None
+        self._over.set()
