@@ -280,6 +280,10 @@ class JudgeConfig:
     """Seconds that one call may take in total, retries included."""
     judge_retries: int = 3
     """Retries of a failed call within its deadline."""
+    judge_cache: str | None = None
+    """Folder that keeps rewrites, and verdicts on originals and rewrites, over steps and runs; several may share it."""
+    judge_cache_size_gb: float = 10.0
+    """Bound of that cache in GB; the least recently used answers leave first."""
     judge_max_failed_iterations: int = 5
     """Stop after this many iterations in a row in which every verdict is missing; their samples are not consumed."""
     allow_insecure_judge: bool = False

@@ -25,6 +25,8 @@ class Quoter:
         # broken by a space and open nothing.
         exact = sorted({s for s in special_strings if len(s) > 1 and s.strip() == s}, key=lambda s: (-len(s), s))
         self._exact = re.compile("|".join(re.escape(s) for s in exact)) if exact else None
+        self.code = hashlib.blake2s("\0".join(exact).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        """Tells quoters with different lists apart."""
 
     def clean(self, text: str) -> str:
         """`text` with a space inside every control string; the same text always gives the same result."""
