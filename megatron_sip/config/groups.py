@@ -306,6 +306,8 @@ class RewriterConfig:
     """Nucleus mass of a rewrite."""
     rewrite_interval: int = 1
     """Fetch rewrites every this many iterations."""
+    rewrite_ahead: int = 1
+    """Iterations whose rewrites are fetched ahead of the one that is trained."""
 
 
 @dataclass(frozen=True)

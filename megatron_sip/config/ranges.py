@@ -18,7 +18,7 @@ _AT_LEAST_ONE = (
     *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
     *("judge_votes", "judge_max_tokens", "judge_max_failed_iterations", "loss_spike_window"),
-    *("judge_concurrency", "rewrite_interval", "save_interval", "log_interval", "sample_log_interval"),
+    *("judge_concurrency", "rewrite_interval", "rewrite_ahead", "save_interval", "log_interval", "sample_log_interval"),
     *("keep_last_n", "save_retain_interval"),
 )
 _ABOVE_ZERO = (
