@@ -172,16 +172,16 @@ def test_the_bound_holds_and_the_least_recently_used_leave(tmp_path: Path) -> No
     now = [0.0]
     bound = 400_000
     cache = AnswerCache(tmp_path, bound, clock=lambda: now[0])
-    favourite = name_of(10**6, text=True)
+    favourite = name_of(1, text=True)  # the first by name as well as by age
     store(cache, [(favourite, "kept in use")])
     for step in range(40):
         now[0] += 2 * module.TOUCH_SECONDS
-        store(cache, [(name_of(100 * step + n, text=True), "y" * 500) for n in range(100)])
+        store(cache, [(name_of(1000 + 100 * step + n, text=True), "y" * 500) for n in range(100)])
         assert lookup(cache, favourite) == {favourite: "kept in use"}
     assert (tmp_path / FILE).stat().st_size < bound + 100_000
-    newest = [name_of(3900 + n, text=True) for n in range(100)]
+    newest = [name_of(4900 + n, text=True) for n in range(100)]
     assert len(lookup(cache, *newest)) == 100
-    assert lookup(cache, *(name_of(n, text=True) for n in range(100))) == {}
+    assert lookup(cache, *(name_of(1000 + n, text=True) for n in range(100))) == {}
     cache.close()
     smaller = AnswerCache(tmp_path, bound // 4)
     assert (tmp_path / FILE).stat().st_size <= bound // 4 + 50_000, "the file shrinks to a smaller bound"
