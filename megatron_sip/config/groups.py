@@ -291,6 +291,10 @@ class JudgeConfig:
     """Over how many steps in which the judge was asked --judge-max-missing-share is taken."""
     judge_ca_file: str | None = None
     """PEM file with the authorities that signed the servers' certificates, beside those of the system."""
+    judge_cache: str | None = None
+    """Folder that keeps rewrites, and verdicts on originals and rewrites, over steps and runs; several may share it."""
+    judge_cache_size_gb: float = 10.0
+    """Bound of that cache in GB; the least recently used answers leave first."""
     allow_insecure_judge: bool = False
     """Allow sending a key over plain http to another host."""
     judge_trust_env_proxy: bool = False
@@ -311,6 +315,8 @@ class RewriterConfig:
     """Nucleus mass of a rewrite."""
     rewrite_interval: int = 1
     """Fetch rewrites every this many iterations."""
+    rewrite_ahead: int = 1
+    """Iterations whose rewrites are fetched ahead of the one that is trained."""
 
 
 @dataclass(frozen=True)

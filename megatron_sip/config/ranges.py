@@ -18,13 +18,13 @@ _AT_LEAST_ONE = (
     *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
     *("judge_votes", "judge_max_tokens", "judge_missing_window", "loss_spike_window"),
-    *("judge_concurrency", "rewrite_interval", "save_interval", "log_interval", "sample_log_interval"),
+    *("judge_concurrency", "rewrite_interval", "rewrite_ahead", "save_interval", "log_interval", "sample_log_interval"),
     *("keep_last_n", "save_retain_interval"),
 )
 _ABOVE_ZERO = (
     *("rotary_base", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "norm_epsilon"),
     *("init_method_std", "exit_duration_in_mins", "lr", "adam_eps", "beta", "judge_timeout"),
-    *("loss_spike_threshold", "judge_hedge_after"),
+    *("loss_spike_threshold", "judge_hedge_after", "judge_cache_size_gb"),
 )
 _AT_LEAST_ZERO = (
     *("seed", "min_lr", "sigterm_grace", "lr_warmup_iters", "weight_decay", "clip_grad", "temperature", "nll_weight"),

@@ -89,6 +89,8 @@ PREFERENCE: tuple[MetricSpec, ...] = (
     MetricSpec("judge/prompts_trimmed", "total", label="prompts trimmed", form=".0f", show_zero=False),
     # Verdicts and rewrites of steps that are made again: nobody was asked for them.
     MetricSpec("judge/from_journal", "total", label="from the journal", form=".0f", show_zero=False),
+    # Of the others those that the cache of --judge-cache held: nobody was asked either.
+    MetricSpec("judge/from_cache", "total", label="from the cache", form=".0f", show_zero=False),
     MetricSpec("candidates/pool", label="pool size", form=".1f"),
     # Rewrites and rollouts that could not be made; those of `candidates/left` were made and lack a score.
     MetricSpec("candidates/missing", "total", label="candidates missing", form=".0f", show_zero=False),

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from megatron_sip.config.groups import Config
+from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec, distinct
 from megatron_sip.services.background import BackgroundLoop
@@ -24,12 +26,16 @@ from megatron_sip.services.build import (
     needs_rewriter,
     rewriter_settings,
 )
+from megatron_sip.services.cache import AnswerCache
+from megatron_sip.services.cache_names import Asker, Name, rewrite_name, verdict_names
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.journal import Journal, Recalled
 from megatron_sip.services.journal_records import Entry, Key, Source, Value, verdict_keys
 from megatron_sip.services.judges import Judge
 from megatron_sip.services.model_server import ModelServer
+from megatron_sip.services.queueing import InTurn, run_bounded
 from megatron_sip.services.rewriter import Rewriter, RewriteRequest, rewrite_key
+from megatron_sip.services.single_flight import SingleFlight
 from megatron_sip.types import Answers, Missing, Pool, Question
 
 T = TypeVar("T")
@@ -53,11 +59,15 @@ class PreferenceServices:
         self._loop: BackgroundLoop | None = None
         self._journal: Journal | None = None
         self._from_journal = 0
+        self._cache: AnswerCache | None = None
+        self._from_cache = 0
+        self._flights = SingleFlight()
         self._seconds = {"judge_seconds": 0.0, "rewriter_seconds": 0.0}
         self._asked: Counter[str] = Counter()
         self._missing: Counter[str] = Counter()
         # Twice what is in flight: the next prompts are ready, but not all of a step's prompts lie in memory.
         self._limit = 2 * config.judge.judge_concurrency
+        self._in_turn = InTurn(self._limit)
         self._specs = judge_specs(config)
         names = [spec.name for spec in self._specs]
         if any(name in CHAT_JUDGES or name == "likelihood" for name in names):
@@ -88,9 +98,15 @@ class PreferenceServices:
         return None if self._judge_server is None else self._judge_server.info.model
 
     def start(self) -> None:
-        """Connect to the servers and check model, key and labels. Raises ServiceError with the way out."""
+        """Open the cache, connect to the servers and check model, key and labels.
+
+        Raises:
+            ConfigError: the cache cannot be used.
+            ServiceError: a server cannot; with the way out.
+        """
         self._loop = BackgroundLoop()
         try:
+            self._cache = open_cache(self._config.judge)
             self._loop.submit(self._start()).result()
         except BaseException:
             self.close()
@@ -153,7 +169,10 @@ class PreferenceServices:
             self._journal.void(first_sample)
 
     def stats(self) -> dict[str, float]:
-        """Counts and seconds since the start: calls, attempts, copies, prompt trims, questions, missing by reason."""
+        """Counts and seconds since the start: calls, attempts, copies, prompt trims, questions, missing by reason.
+
+        `shared` counts questions for which nobody was asked because an equal one was under way.
+        """
         totals: dict[str, float] = dict(self._seconds)
         for label, server in (("judge", self._judge_server), ("rewriter", self._rewrite_server)):
             if server is not None:
@@ -162,6 +181,8 @@ class PreferenceServices:
                 totals[f"{label}_hedges"] = server.client.hedges
                 totals[f"{label}_prompt_trims"] = server.trims
         totals["from_journal"] = self._from_journal
+        totals["from_cache"] = self._from_cache
+        totals["shared"] = self._flights.shared
         # Copies: the background thread may count a rewrite meanwhile.
         totals |= {f"asked/{name}": count for name, count in dict(self._asked).items()}
         totals |= {f"missing/{name}": count for name, count in dict(self._missing).items()}
@@ -185,6 +206,8 @@ class PreferenceServices:
             loop.close()
             if self._journal is not None:
                 self._journal.close()
+            if self._cache is not None:
+                self._cache.close()
 
     def __enter__(self) -> PreferenceServices:
         self.start()
@@ -210,19 +233,20 @@ class PreferenceServices:
         began = time.monotonic()
         uniques = [distinct_pool(pool) for pool in pools]
         asked = [(pool, question) for pool, group in zip(uniques, questions, strict=True) for question in group]
-        sources = {
-            name: Source(name, judge.model, judge.version, judge.settings) for name, judge in self._judges.items()
-        }
+        askers = {name: asker_of(judge) for name, judge in self._judges.items()}
+        sources = {name: asker.source for name, asker in askers.items()}
         keys: list[Key] = []
+        names: list[Name | None] = []
         for pool, group in zip(uniques, questions, strict=True):
             keys += verdict_keys(pool, group, sources)
+            names += verdict_names(pool, group, askers)
             await asyncio.sleep(0)  # a large round must not hold up the calls that are under way
 
         def ask(index: int) -> Coroutine[Any, Any, float | Missing]:
             pool, question = asked[index]
             return self._judges[question.judge].ask(pool, question)
 
-        verdicts = iter(await self._recorded(keys, ask))
+        verdicts = iter(await self._recorded(keys, names, ask, partial(run_bounded, limit=self._limit)))
         answers = [{question: next(verdicts) for question in group} for group in questions]
         for group_answers in answers:
             for question, verdict in group_answers.items():
@@ -235,53 +259,71 @@ class PreferenceServices:
     ) -> list[str | Missing]:
         began = time.monotonic()
         source = Source(rewriter.name, rewriter.model, rewriter.version, rewriter.settings(max_tokens))
+        asker = Asker(source, rewriter.prompting, settled=False)
 
         def ask(index: int) -> Coroutine[Any, Any, str | Missing]:
             return rewriter.rewrite(requests[index].prefix_text, requests[index].original_text, max_tokens)
 
-        texts = await self._recorded([rewrite_key(request, source) for request in requests], ask)
+        keys = [rewrite_key(request, source) for request in requests]
+        names = [rewrite_name(request.prefix_text, request.original_text, asker) for request in requests]
+        with self._in_turn.place() as place:
+            texts = await self._recorded(keys, names, ask, place.run)
         for text in texts:
             self._count(rewriter.name, text)
         self._seconds["rewriter_seconds"] += time.monotonic() - began
         return texts
 
-    async def _recorded(self, keys: Sequence[Key], ask: Callable[[int], Coroutine[Any, Any, V]]) -> list[V]:
-        """The value of each key: from the journal, or `ask(index)`, which is written down before anybody uses it."""
+    async def _recorded(
+        self,
+        keys: Sequence[Key],
+        names: Sequence[Name | None],
+        ask: Callable[[int], Coroutine[Any, Any, V]],
+        run: Callable[[Iterable[Coroutine[Any, Any, V]]], Awaitable[list[V]]],
+    ) -> list[V]:
+        """The value of each key: from the journal, else the cache, else `ask(index)`.
+
+        What comes from the cache or is asked is written to the journal before anybody uses it: a step shall repeat
+        though the cache may have dropped its answers. `run` runs what is asked.
+        """
         known = await self._journal.lookup(keys) if self._journal else {}
         absent = [index for index, key in enumerate(keys) if key not in known]
-        values = dict(zip(absent, await run_bounded((ask(index) for index in absent), self._limit), strict=True))
+        values = cast("dict[int, V]", await self._from_disk(absent, names))
+        left = [index for index in absent if index not in values]
+        self._from_cache += len(values)
+        asked = await run(self._once(names[index], partial(ask, index)) for index in left)
+        values |= zip(left, asked, strict=True)
         if self._journal:
-            entries: list[Entry] = [(keys[index], value) for index, value in values.items()]
+            entries: list[Entry] = [(keys[index], values[index]) for index in absent]
             await self._journal.append(entries)
+        await self._to_disk(left, names, values)
         self._from_journal += len(keys) - len(absent)
         # A key names its service, and so the kind of its value.
         return [values[index] if index in values else cast(V, known[key]) for index, key in enumerate(keys)]
+
+    async def _from_disk(self, indices: Sequence[int], names: Sequence[Name | None]) -> dict[int, float | str]:
+        """What the cache holds of these, by index."""
+        named = {index: name for index in indices if (name := names[index]) is not None}
+        if self._cache is None or not named:
+            return {}
+        found = await self._cache.lookup(list(named.values()))
+        return {index: found[name] for index, name in named.items() if name in found}
+
+    async def _to_disk(self, indices: Sequence[int], names: Sequence[Name | None], values: Mapping[int, Value]) -> None:
+        """Keep these in the cache, but for what is missing: it may be there the next time."""
+        if self._cache is not None:
+            answers = [(names[index], values[index]) for index in indices]
+            await self._cache.store(
+                [(name, value) for name, value in answers if name is not None and not isinstance(value, Missing)]
+            )
+
+    async def _once(self, name: Name | None, ask: Callable[[], Coroutine[Any, Any, V]]) -> V:
+        """The answer, shared with an equal question that is under way."""
+        return await ask() if name is None else cast(V, await self._flights.run(name, ask))
 
     def _count(self, service: str, outcome: object) -> None:
         self._asked[service] += 1
         if isinstance(outcome, Missing):
             self._missing[f"{service}/{outcome.reason.value}"] += 1
-
-
-async def run_bounded(jobs: Iterable[Coroutine[Any, Any, T]], limit: int) -> list[T]:
-    """Results of all jobs in their order, at most `limit` at a time; a job is made when its turn comes.
-
-    The first exception ends all.
-    """
-    results: dict[int, T] = {}
-    numbered = enumerate(jobs)
-
-    async def work() -> None:
-        for index, job in numbered:  # shared: one event loop, and no await between taking and starting
-            results[index] = await job
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(limit):
-                group.create_task(work())
-    except ExceptionGroup as several:
-        raise several.exceptions[0] from several
-    return [results[index] for index in range(len(results))]
 
 
 async def cancel_others() -> None:
@@ -296,3 +338,15 @@ def distinct_pool(pool: Pool) -> Pool:
     """`pool` with each token sequence once, which is what question indices speak of."""
     members = distinct(pool.candidates).members
     return replace(pool, candidates=tuple(pool.candidates[member] for member in members))
+
+
+def asker_of(judge: Judge) -> Asker:
+    """Who `judge` is, as far as it shapes an answer; its server is started."""
+    return Asker(Source(judge.name, judge.model, judge.version, judge.settings), judge.prompting, judge.settled)
+
+
+def open_cache(judge: JudgeConfig) -> AnswerCache | None:
+    """The cache of --judge-cache; None without it. ConfigError where it cannot be used."""
+    if judge.judge_cache is None:
+        return None
+    return AnswerCache(Path(judge.judge_cache), int(judge.judge_cache_size_gb * 1e9))

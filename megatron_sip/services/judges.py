@@ -61,6 +61,16 @@ class Judge(Protocol):
         """How an answer is read and sampled; together with name, model and version it tells who answered."""
         ...
 
+    @property
+    def settled(self) -> bool:
+        """Whether the same question has one answer, because none is sampled; the rounding of a server aside."""
+        ...
+
+    @property
+    def prompting(self) -> str | None:
+        """What of the server shapes a prompt besides its texts; None for a judge without a server."""
+        ...
+
     async def start(self) -> None:
         """Learn what asking needs. Raises ServiceError where the server cannot serve this judge."""
         ...
@@ -127,6 +137,16 @@ class ChatJudge:
     def settings(self) -> str:
         """Reading and sampling."""
         return str(self._reading)
+
+    @property
+    def settled(self) -> bool:
+        """Whether probabilities are read, or the likeliest answer."""
+        return self._reading.logit or self._reading.temperature == 0
+
+    @property
+    def prompting(self) -> str:
+        """Context and quoting of the server."""
+        return self._server.prompting
 
     async def start(self) -> None:
         """Find the label tokens for the logit reading; see that an answer has room. Raises ServiceError."""

@@ -26,6 +26,7 @@ class LikelihoodJudge:
     pairwise = False
     version = "likelihood-1"
     settings = f"{GRAM}-grams"
+    settled = True
 
     def __init__(self, server: ModelServer) -> None:
         self._server = server
@@ -34,6 +35,11 @@ class LikelihoodJudge:
     def model(self) -> str:
         """Name of the model that scores; RuntimeError before the server is started."""
         return self._server.info.model
+
+    @property
+    def prompting(self) -> str:
+        """Context and quoting of the server."""
+        return self._server.prompting
 
     async def start(self) -> None:
         """ServiceError where the server is not vLLM: only that tokenizes and scores prompts."""

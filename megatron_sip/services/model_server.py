@@ -53,6 +53,11 @@ class ModelServer:
             return min(self._max_context, reported)
         return self._max_context or reported
 
+    @property
+    def prompting(self) -> str:
+        """What shapes a prompt besides its texts: the context that it must fit, and the strings that are broken up."""
+        return f"context {self.context} quoting {self.quoter.code}"
+
     async def start(self) -> None:
         """Check the service and learn its tokenizer's habits. Raises ServiceError."""
         await self.client.open()

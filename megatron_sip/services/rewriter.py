@@ -44,6 +44,11 @@ class Rewriter:
         """Name of the model that is asked; RuntimeError before the server is started."""
         return self._server.info.model
 
+    @property
+    def prompting(self) -> str:
+        """What of the server shapes a prompt besides its texts."""
+        return self._server.prompting
+
     def settings(self, max_tokens: int) -> str:
         """How a rewrite of at most `max_tokens` tokens is sampled."""
         return f"temperature {self._temperature} top_p {self._top_p} max_tokens {max_tokens}"

@@ -40,6 +40,8 @@ class ClassifierJudge:
     pairwise = False
     version = "classifier-1"
     settings = "one minus toxicity"
+    settled = True
+    prompting = None
 
     def __init__(self, model: ToxicityModel, model_name: str) -> None:
         self.model = model_name

@@ -25,6 +25,7 @@ from megatron_sip.training.faults import Boundaries, start_watch
 from megatron_sip.training.journal import JournalKeeper
 from megatron_sip.training.report import Reporter
 from megatron_sip.training.restart import continued
+from megatron_sip.training.upcoming import Upcoming
 from megatron_sip.types import Cut
 
 
@@ -90,19 +91,18 @@ class Run:
         self.maker = assemble.build_maker(
             self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
         )
+        self.upcoming = Upcoming(self.config, self.maker, self.cuts)
 
     def train(self) -> None:
         """Train to `--train-iters` or until asked to stop, and save what is new."""
         course, reporter = self.course, self._reporter()
-        upcoming = self.cuts(course.progress.consumed_samples)
         self.watch.begin_steps()
         try:
             while not course.ended and not self.boundaries.between_steps():
-                upcoming = self.step(course.progress.iteration, upcoming)
+                self.step(course.progress.iteration)
                 if course.stuck:
-                    self.maker.forget()
+                    self.upcoming.forget()
                     course.roll_back(reporter)
-                    upcoming = self.cuts(course.progress.consumed_samples)
                 else:
                     course.save_if_due()
             if not course.ended:
@@ -113,20 +113,15 @@ class Run:
         self.watch.stop_agreed()
         course.finish()
 
-    def step(self, iteration: int, cuts: list[Cut]) -> list[Cut]:
-        """One step of the method: cuts, rollouts, scores, pairs; reference, forward and backward, update.
-
-        Returns:
-            The cuts of the next step, whose rewrites are on their way.
-        """
+    def step(self, iteration: int) -> None:
+        """One step of the method: cuts, rollouts, scores, pairs; reference, forward and backward, update."""
         started = time.perf_counter()
-        size = self.config.training.global_batch_size
-        consumed = self.course.progress.consumed_samples + size
+        size, before = self.config.training.global_batch_size, self.course.progress.consumed_samples
+        consumed = before + size
+        cuts = self.upcoming.take(before)
         preferences = self.maker.make(cuts, iteration)
         samples = cuts[0].sample_index, cuts[-1].sample_index
-        upcoming = self.cuts(consumed)
-        if iteration + 1 < self.config.training.train_iters:
-            self.maker.prefetch(upcoming, iteration + 1)
+        self.upcoming.read_on(iteration + 1, consumed)
         learning_rate = self.trainer.learning_rate
         with self.boundaries.stage("train", iteration + 1, samples):
             result = self.trainer.step(preferences.batch, self._updating)
@@ -135,7 +130,6 @@ class Run:
             reporter.step(iteration + 1, consumed, learning_rate, preferences, result, seconds)
             self.leader.together(reporter.write)
         self.course.advance(result.skipped, size)
-        return upcoming
 
     @contextmanager
     def _updating(self) -> Iterator[None]:

@@ -185,6 +185,7 @@ class PreferenceMaker:
             "candidates/missing": (missing, float(len(pools))),
             "judge/prompts_trimmed": (self._fresh("trims", trims), float(len(pools))),
             "judge/from_journal": (self._fresh("journal", stats["from_journal"]), float(len(pools))),
+            "judge/from_cache": (self._fresh("cache", stats["from_cache"]), float(len(pools))),
         }
 
     def _fresh(self, name: str, total: float) -> float:

@@ -1,12 +1,17 @@
 """What the client costs: calls per second, CPU and latency of a call to a server that answers at once.
 
+    python tools/bench/judge.py client [--in-flight 1 64 1024] [--calls 4000] [--json FILE]
+
 Three depths of the same call: `client` posts one ready body; `judge` builds the prompt of a logit verdict, sees that it
 fits, posts it and reads the probabilities; `services` puts whole pools to the background thread as a run does.
+One core is the client's and one the server's where the machine has two.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
 import os
 import random
 import subprocess
@@ -14,12 +19,13 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 from megatron_sip.config.groups import Config, JudgeConfig, PreferenceConfig
+from megatron_sip.errors import SipError
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.endpoint import ClientSettings
 from megatron_sip.services.hub import PreferenceServices
@@ -226,3 +232,32 @@ def table(costs: Sequence[ClientCost]) -> str:
             f"| {cost.cpu_us:.0f} | {median} | {p99} | {cost.server_share:.0%} |"
         )
     return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="judge.py client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--depth", nargs="+", choices=DEPTHS, default=DEPTHS, help="how much of the way of a verdict")
+    parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 64, 1024], help="calls under way at a time")
+    parser.add_argument("--calls", type=int, default=4000, help="calls of one measurement (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    if min(*args.in_flight, args.calls) < 1:
+        print("judge_client: --in-flight and --calls must be at least 1", file=sys.stderr)
+        return 1
+    try:
+        costs = measure(args.depth, args.in_flight, args.calls)
+    except (SipError, RuntimeError) as error:
+        print(f"judge_client: {error}", file=sys.stderr)
+        return 1
+    print(table(costs))
+    if args.json is not None:
+        args.json.write_text(json.dumps({"client": [asdict(cost) for cost in costs]}, indent=1) + "\n")
+    return 0

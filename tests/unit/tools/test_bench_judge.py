@@ -13,7 +13,7 @@ from tools.bench.judge_client import DEPTHS
 
 def test_every_depth_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "cost.json"
-    assert main(["--client-only", "--in-flight", "4", "--calls", "60", "--json", str(file)]) == 0
+    assert main(["client", "--in-flight", "4", "--calls", "60", "--json", str(file)]) == 0
     costs = json.loads(file.read_text())["client"]
     assert [cost["depth"] for cost in costs] == list(DEPTHS)
     for cost in costs:
@@ -31,5 +31,5 @@ def test_every_depth_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("wrong", [["--calls", "0"], ["--in-flight", "0"]])
 def test_impossible_numbers_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--client-only", *wrong]) == 1
+    assert main(["client", *wrong]) == 1
     assert "at least 1" in capsys.readouterr().err
