@@ -18,6 +18,7 @@ import aiohttp
 from megatron_sip.errors import ServiceError
 from megatron_sip.services.endpoint import ClientSettings, Endpoint, choose_endpoint, parse_endpoints, read_key
 from megatron_sip.services.transport import Failure, exchange
+from megatron_sip.services.usage import Usage
 from megatron_sip.types import Missing, MissingReason
 
 FIRST_BACKOFF_SECONDS = 0.25
@@ -51,6 +52,7 @@ class ServiceClient:
         self._jitter = random.Random()
         self.calls = 0
         self.attempts = 0
+        self.usage = Usage()
 
     def __repr__(self) -> str:
         return f"ServiceClient({', '.join(e.base for e in self._endpoints)})"
@@ -77,7 +79,9 @@ class ServiceClient:
         """POST `body` to `path` below the base URL (`at_root`: beside /v1). Retries within one deadline."""
         async with self._slots:
             self.calls += 1
-            return await self._until_deadline(path, body, at_root)
+            answer = await self._until_deadline(path, body, at_root)
+            self.usage.add(answer)
+            return answer
 
     async def _until_deadline(self, path: str, body: Mapping[str, Any], at_root: bool) -> dict[str, Any] | Missing:
         loop = asyncio.get_running_loop()

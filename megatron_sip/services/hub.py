@@ -153,13 +153,16 @@ class PreferenceServices:
             self._journal.void(first_sample)
 
     def stats(self) -> dict[str, float]:
-        """Counts and seconds since the start: calls, attempts, prompt trims, questions, missing by reason."""
+        """Counts and seconds since the start: calls, attempts, tokens, prompt trims, questions, missing by reason."""
         totals: dict[str, float] = dict(self._seconds)
         for label, server in (("judge", self._judge_server), ("rewriter", self._rewrite_server)):
             if server is not None:
                 totals[f"{label}_calls"] = server.client.calls
                 totals[f"{label}_attempts"] = server.client.attempts
                 totals[f"{label}_prompt_trims"] = server.trims
+                totals[f"{label}_prompt_tokens"] = server.client.usage.prompt_tokens
+                totals[f"{label}_answer_tokens"] = server.client.usage.answer_tokens
+                totals[f"{label}_unmetered"] = server.client.usage.unmetered
         totals["from_journal"] = self._from_journal
         totals |= {f"asked/{name}": count for name, count in self._asked.items()}
         totals |= {f"missing/{name}": count for name, count in self._missing.items()}
