@@ -18,7 +18,7 @@ from megatron_sip.evaluation.observations import Observation, observe_orders, ob
 from megatron_sip.preference.draw import Purpose, draw_index
 from megatron_sip.types import Answers, Candidate, CandidateKind, Pool, Question, Verdict
 
-ALL_SETS = "all"
+ALL_SETS = "all sets"
 THOUSAND, MILLION = 1e3, 1e6
 GOOD, BAD = 0, 1
 
@@ -164,8 +164,10 @@ def check_reading(
             on_progress(len(part))
     results = []
     for label, groups in by_label.items():
-        everything = {ALL_SETS: [group for some in groups.values() for group in some]} if len(groups) > 1 else {}
-        results += [summarise(label, name, some, seed, prices) for name, some in {**groups, **everything}.items()]
+        results += [summarise(label, name, some, seed, prices) for name, some in groups.items()]
+        if len(groups) > 1:
+            everything = [group for some in groups.values() for group in some]
+            results.append(summarise(label, ALL_SETS, everything, seed, prices))
     return results
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_vllm_services import PAIRS
 
+from megatron_sip.evaluation.judge_check import ALL_SETS
 from megatron_sip.evaluation.judge_pairs import shuffled_words
 from tools import judge_check
 
@@ -31,15 +32,15 @@ def test_a_dozen_pairs_by_logit_and_likelihood(judge_url: str, smollm2: Path, tm
     readings = ("quality logit, one order", "quality logit, both orders", "likelihood")
     assert {reading for reading, _ in found} == set(readings)
     for reading in readings:
-        result = found[reading, "all"]
+        result = found[reading, ALL_SETS]
         assert (result["records"], result["unanswered"], result["missing"]) == (12, 0, {})
         assert result["cost"]["spent"]["unmetered"] == 0
         assert result["cost"]["seconds"]["low"] is not None
-    one, both, likelihood = (found[reading, "all"]["cost"]["spent"] for reading in readings)
+    one, both, likelihood = (found[reading, ALL_SETS]["cost"]["spent"] for reading in readings)
     # One token is written for each question, and a prompt holds more than its two options.
     assert (one["answer_tokens"], both["answer_tokens"], likelihood["answer_tokens"]) == (12, 24, 24)
     assert 24 * 60 < both["prompt_tokens"] < 24 * 400
     assert both["prompt_tokens"] == pytest.approx(2 * one["prompt_tokens"], rel=0.05)
     # A language model prefers prose to its own words shuffled; that the likelihood does is the least to ask.
-    assert found["likelihood", "all"]["accuracy"]["mean"] >= 10 / 12
+    assert found["likelihood", ALL_SETS]["accuracy"]["mean"] >= 10 / 12
     assert found["quality logit, both orders", "salad"]["accuracy"]["mean"] >= 4 / 6

@@ -154,11 +154,11 @@ def test_sets_are_reported_each_and_together_and_groups_are_bounded() -> None:
     assert {name: result.accuracy.mean for name, result in found.items() if "both" in name} == {
         "quality, both orders | x": 1.0,
         "quality, both orders | y": 0.0,
-        "quality, both orders | all": 4 / 7,
+        "quality, both orders | all sets": 4 / 7,
     }
     assert done == [3, 1, 3]
     assert [len(asked) for asked in judge.rounds] == [3, 3, 1, 1, 3, 3]
-    everything = found["quality, both orders | all"]
+    everything = found["quality, both orders | all sets"]
     assert everything.cost.spent.calls == 14
     assert everything.cost.seconds.count == 3, "an interval over groups"
     assert len({pool.sample_index for asked in judge.rounds for pool, _ in asked}) == 7

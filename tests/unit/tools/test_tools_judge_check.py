@@ -97,7 +97,7 @@ def test_known_answers_give_the_exact_report(
     assert "quality logit, both orders" in said
     assert "quality logit: 3 of 3" in said
     page = (tmp_path / "out" / "check.md").read_text()
-    assert "| quality logit, both orders | all | 3 | 66.7 [" in page
+    assert "| quality logit, both orders | all sets | 3 | 66.7 [" in page
     assert "quality-logit-" in page
 
 
