@@ -10,7 +10,6 @@ from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.errors import ConfigError
 from megatron_sip.evaluation.judge_check import CheckedReading, Spent
 from megatron_sip.evaluation.labelled import Kind
-from megatron_sip.services.build import CHAT_JUDGES
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.services.likelihood import LikelihoodJudge
 from megatron_sip.services.prompts import VERSIONS
@@ -75,7 +74,7 @@ def config_for(name: ReadingName, reading: CheckedReading, judge: JudgeConfig) -
     fields[f"{reading.judge}_weight"] = 1.0
     if reading.judge == "classifier":
         fields["classifier"] = name
-    elif reading.judge in CHAT_JUDGES:
+    elif reading.judge in JUDGE_OF_KIND.values():
         fields |= {"judge_reading": name, "judge_votes": reading.votes}
     return Config(judge=replace(judge, **fields))
 
