@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.data.utf8 import has_half_character
@@ -29,21 +31,29 @@ def held_out_prefixes(
     Raises:
         DataError: the file cannot be read, or has too few such documents.
     """
-    found = []
+    found = list(islice(cut_documents(file, tokenizer, prefix_length, suffix_length), count))
+    if len(found) == count:
+        return found
+    raise DataError(
+        f"--held-out {file} has {len(found)} documents of at least {prefix_length + suffix_length} tokens, "
+        f"--num-prefixes asks for {count}; lower it or give more documents"
+    )
+
+
+def cut_documents(
+    file: Path, tokenizer: Tokenizer, prefix_length: int, suffix_length: int
+) -> Iterator[EvaluationPrefix]:
+    """The start of each document that is long enough: `prefix_length` tokens, and `suffix_length` as the original.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     for text in read_texts(file):
         tokens = tokenizer.encode(text)
         if len(tokens) < prefix_length + suffix_length:
             continue
         prefix, rest = tokens[:prefix_length], tokens[prefix_length : prefix_length + suffix_length]
-        found.append(
-            EvaluationPrefix(tuple(prefix), tokenizer.prefix_text(prefix), tokenizer.candidate_text(prefix, rest))
-        )
-        if len(found) == count:
-            return found
-    raise DataError(
-        f"--held-out {file} has {len(found)} documents of at least {prefix_length + suffix_length} tokens, "
-        f"--num-prefixes asks for {count}; lower it or give more documents"
-    )
+        yield EvaluationPrefix(tuple(prefix), tokenizer.prefix_text(prefix), tokenizer.candidate_text(prefix, rest))
 
 
 def unsafe_prefixes(file: Path, tokenizer: Tokenizer, count: int, prefix_length: int) -> list[EvaluationPrefix]:
@@ -60,7 +70,12 @@ def unsafe_prefixes(file: Path, tokenizer: Tokenizer, count: int, prefix_length:
 
 
 def read_texts(file: Path) -> Iterator[str]:
-    """The `text` of each line of a JSONL file.
+    """The `text` of each line of a JSONL file. Raises DataError as `read_records` does."""
+    return (record["text"] for record in read_records(file))
+
+
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """Each line of a JSONL file, which holds a `text` at least.
 
     Raises:
         DataError: the file is not there, or a line has no text.
@@ -77,4 +92,4 @@ def read_texts(file: Path) -> Iterator[str]:
                 raise DataError(f'{file}, line {number} has no "text"; mend or remove it')
             if has_half_character(record["text"]):
                 raise DataError(f"{file}, line {number} holds half a character (a lone surrogate); mend or remove it")
-            yield record["text"]
+            yield record

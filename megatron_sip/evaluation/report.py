@@ -83,25 +83,35 @@ def remarks(report: Report) -> list[str]:
 
 def print_report(report: Report, console: Console) -> None:
     """Print tables and remarks."""
-    for grid in grids(report):
+    print_grids(grids(report), remarks(report), console)
+
+
+def print_grids(tables: Sequence[Grid], lines: Sequence[str], console: Console) -> None:
+    """Print tables and the sentences that belong to them."""
+    for grid in tables:
         table = Table(title=grid.title, title_justify="left")
         for position, head in enumerate(grid.heads):
             table.add_column(Text(head), justify="left" if position == 0 else "right", overflow="fold")
         for row in grid.rows:
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
-    for line in remarks(report):
+    for line in lines:
         console.print(f"- {line}", markup=False, highlight=False)
 
 
 def markdown(report: Report) -> str:
     """The report as a Markdown page."""
-    parts = ["# Comparison of the arms"]
-    for grid in grids(report):
+    return markdown_page("Comparison of the arms", grids(report), remarks(report))
+
+
+def markdown_page(title: str, tables: Sequence[Grid], notes: Sequence[str]) -> str:
+    """A Markdown page of tables and the sentences that belong to them."""
+    parts = [f"# {title}"]
+    for grid in tables:
         lines = [_markdown_row(grid.heads), _markdown_row(["---", *["---:"] * (len(grid.heads) - 1)])]
         lines += [_markdown_row(row) for row in grid.rows]
         parts.append(f"## {grid.title}\n\n" + "\n".join(lines))
-    parts.append("## How to read this\n\n" + "\n".join(f"- {line}" for line in remarks(report)))
+    parts.append("## How to read this\n\n" + "\n".join(f"- {line}" for line in notes))
     return "\n\n".join(parts) + "\n"
 
 
@@ -153,7 +163,7 @@ def _quality_grid(comparison: Comparison) -> Grid:
             if rate is None:
                 cells += ["(50 by definition)", "(50 by definition)"]
             else:
-                cells += [_interval(rate.estimate, 100, 1), _interval(rate.belief, 100, 1)]
+                cells += [interval_cell(rate.estimate, 100, 1), interval_cell(rate.belief, 100, 1)]
         for label in pointwise:
             cells += _score_cells(arm.scores[label])
         rows.append(tuple(cells))
@@ -168,7 +178,7 @@ def _safety_grid(comparison: SafetyComparison) -> Grid:
     for name, scores in comparison.safety.items():
         cells = [name]
         for label in comparison.weights:
-            cells.append(_interval(comparison.safe_share[name][label].estimate, 100, 1))
+            cells.append(interval_cell(comparison.safe_share[name][label].estimate, 100, 1))
             cells += _score_cells(scores[label])
         rows.append(tuple(cells))
     return Grid(f"Safety on the {comparison.prefixes} unsafe prefixes", tuple(heads), tuple(rows))
@@ -233,10 +243,11 @@ def _missing_line(arm: str, label: str, missing: Mapping[str, int]) -> str:
 
 
 def _score_cells(score: PointScore) -> list[str]:
-    return [_interval(score.estimate, 1, 3), _interval(score.over_base, 1, 3, sign=True)]
+    return [interval_cell(score.estimate, 1, 3), interval_cell(score.over_base, 1, 3, sign=True)]
 
 
-def _interval(estimate: Estimate | None, factor: float, digits: int, *, sign: bool = False) -> str:
+def interval_cell(estimate: Estimate | None, factor: float, digits: int, *, sign: bool = False) -> str:
+    """`factor` times a mean and its interval, as in "54.5 [46.0, 63.0]"; `sign` writes a plus, too."""
     if estimate is None:
         return ABSENT
     form = f"{'+' if sign else ''}.{digits}f"

@@ -22,6 +22,7 @@ from megatron_sip.services.endpoint import ClientSettings, parse_endpoints, read
 from megatron_sip.services.health import Health
 from megatron_sip.services.hedging import may_hedge, race
 from megatron_sip.services.transport import Failure, exchange
+from megatron_sip.services.usage import Usage
 from megatron_sip.types import Missing, MissingReason
 
 FIRST_BACKOFF_SECONDS = 0.25
@@ -78,6 +79,7 @@ class ServiceClient:
         self.calls = 0
         self.attempts = 0
         self.hedges = 0
+        self.usage = Usage()
 
     @property
     def _headers(self) -> dict[str, str]:
@@ -134,9 +136,11 @@ class ServiceClient:
                 began = asyncio.get_running_loop().time()
                 answer = await self._until_deadline(request, began + self.settings.timeout)
                 if not isinstance(answer, Failure):
+                    self.usage.add(answer)
                     return answer
                 passing = answer.again or answer.server_at_fault
                 if self.settings.on_outage == "skip" or not passing or not await self._health.is_outage(since=began):
+                    self.usage.add(answer.missing)
                     return answer.missing
 
     async def _outage_is_over(self) -> None:

@@ -169,7 +169,7 @@ class PreferenceServices:
             self._journal.void(first_sample)
 
     def stats(self) -> dict[str, float]:
-        """Counts and seconds since the start: calls, attempts, copies, prompt trims, questions, missing by reason.
+        """Counts and seconds since the start: calls, attempts, copies, tokens, prompt trims, questions, missing by reason.
 
         `shared` counts questions for which nobody was asked because an equal one was under way.
         """
@@ -180,6 +180,9 @@ class PreferenceServices:
                 totals[f"{label}_attempts"] = server.client.attempts
                 totals[f"{label}_hedges"] = server.client.hedges
                 totals[f"{label}_prompt_trims"] = server.trims
+                totals[f"{label}_prompt_tokens"] = server.client.usage.prompt_tokens
+                totals[f"{label}_answer_tokens"] = server.client.usage.answer_tokens
+                totals[f"{label}_unmetered"] = server.client.usage.unmetered
         totals["from_journal"] = self._from_journal
         totals["from_cache"] = self._from_cache
         totals["shared"] = self._flights.shared
