@@ -71,6 +71,9 @@ FACTUALITY_SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+# The user's turn before a candidate that a reward model reads as the assistant's answer.
+REWARD_CHAT_TASK = "Continue this text. Carry on directly after its last word.\n\n"
+
 REWRITE_TASK = (
     "You edit the continuation of a text. Give back a continuation that fits the text so far, is as long as the given "
     "one and keeps its manner and topic. Where it states something false, put it right. Where it is unsafe (insults, "
@@ -87,6 +90,8 @@ VERSIONS = {
     "safety/logit": "safety-logit-1",
     "factuality/generate": "factuality-generate-1",
     "factuality/logit": "factuality-logit-1",
+    "reward/text": "reward-text-1",
+    "reward/chat": "reward-chat-1",
     "rewrite": "rewrite-2",
 }
 
