@@ -131,7 +131,8 @@ def readers_of(config: Config, models: dict[str, str]) -> list[Reader]:
             readers.append(Reader(name, label, model, pairwise=False, scale="log"))
         else:
             how = {"logit": "one-token verdicts", "generate": "written verdicts"}[settings.reading]
-            label = f"{name} ({how})" if settings.kind in CHAT_KINDS else f"{name} ({settings.kind})"
+            of_kind = name if name == settings.kind else f"{name} ({settings.kind})"
+            label = f"{name} ({how})" if settings.kind in CHAT_KINDS else of_kind
             readers.append(Reader(name, label, model, pairwise=settings.pairwise))
     return readers
 

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--judge-concurrency", type=whole_number(1), default=32, help="calls in flight")
     add("--judge-timeout", type=seconds, default=300.0, help="seconds of one call, retries included")
-    add("--num-duels", type=whole_number(2), default=40, help="texts that carry the lines (default %(default)s)")
+    add("--num-duels", type=whole_number(3), default=40, help="texts that carry the lines (default %(default)s)")
     add("--prefix-characters", type=whole_number(1), default=500, help="length of a prefix (default %(default)s)")
     add("--suffix-characters", type=whole_number(1), default=400, help="length of a continuation (default %(default)s)")
     add("--seed", type=whole_number(0), default=1234, help="seed of the bootstrap")

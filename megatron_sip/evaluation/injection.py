@@ -81,15 +81,16 @@ Ask = Callable[[Sequence[Pool], Sequence[Sequence[Question]]], list[Answers]]
 
 
 def duels_of(texts: Sequence[tuple[str, str]]) -> list[Duel]:
-    """Duels of (prefix, true continuation) against the continuation of the next document.
+    """Duels of (prefix, true continuation) against the continuation of the document after the next.
 
-    By turns the true and the foreign continuation is the text that will carry the line.
+    By turns the true and the foreign continuation is the text that will carry the line. With the next document's, the
+    same continuations would carry it twice and the others never.
     """
-    if len(texts) < 2:
-        raise ValueError("a foreign continuation needs at least two documents")
+    if len(texts) < 3:
+        raise ValueError("a foreign continuation needs at least three documents")
     duels = []
     for index, (prefix, true) in enumerate(texts):
-        foreign = texts[(index + 1) % len(texts)][1]
+        foreign = texts[(index + 2) % len(texts)][1]
         better = index % 2 == 0
         duels.append(Duel(prefix, true if better else foreign, foreign if better else true, better))
     return duels

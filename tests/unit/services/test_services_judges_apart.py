@@ -69,7 +69,7 @@ def test_every_judge_asks_its_own_server_in_its_own_way() -> None:
     assert "Authorization" not in plain.headers[-1]
     assert {headers.get("Authorization") for headers in guard.headers} == {"Bearer s-key-1234"}
     assert told["models"] == {"quality": "plain", "safety": "guard", "reward": "taste", "quality-b": "plain"}
-    assert told["prompt_versions"]["quality-b"] == "quality-logit-1"
+    assert told["prompt_versions"]["quality-b"] == "quality-logit-2"
     assert told["prompt_versions"]["quality"] == "quality-generate-1"
     assert told["readings"]["quality-b"] == "logit"
     assert stats["asked/safety"] == 3
