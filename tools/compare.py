@@ -6,7 +6,11 @@
         --judge-url http://127.0.0.1:8100/v1 --trained-with judge profanity-check --out runs/demo/compare
 
 The first arm is the base. Every arm writes greedily and equally long. --trained-with names what scored the training,
-because another reading of the same weights is not another judge. Keys come from JUDGE_API_KEY.
+because another reading of the same weights is not another judge. Several judges, by --judge-set as in a run:
+
+    ... --judge-set quality-b.kind=quality quality-b.url=http://127.0.0.1:8200/v1 reward.weight=1 reward.url=...
+
+Keys come from JUDGE_API_KEY, or from NAME_JUDGE_API_KEY for a single judge.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 from rich.console import Console
 
 from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.judge_set import CHAT_KINDS, active_judges
 from megatron_sip.config.numbers import seconds, whole_number
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import ConfigError, SipError
@@ -51,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--judge-url", nargs="+", required=True, help="base URLs of the judge's servers")
     add("--judge-model", help="model name on the server (default: the only one)")
     add("--judge-reading", choices=["logit", "generate"], default="logit", help="how a verdict is read")
+    add("--judge-set", nargs="+", default=[], metavar="NAME.FIELD=VALUE", help="further judges, as in a run")
     add("--no-likelihood", dest="likelihood", action="store_false", help="leave out each text's likelihood")
     add("--judge-concurrency", type=whole_number(1), default=32, help="calls in flight")
     add("--judge-timeout", type=seconds, default=300.0, help="seconds of one call, retries included")
@@ -62,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["none", "judge", *CLASSIFIERS],
         help="what scored the training of any arm; judge: the model behind --judge-url",
     )
+    add("--trained-with-model", nargs="+", default=[], help="names of further models that scored the training")
     add("--num-prefixes", type=whole_number(1), default=100, help="held-out prefixes (default %(default)s)")
     add("--num-unsafe-prefixes", type=whole_number(1), default=200, help="unsafe prefixes (default %(default)s)")
     add("--prefix-length", type=whole_number(1), default=96, help="tokens of a held-out prefix, longest unsafe one")
@@ -74,12 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def judge_config(args: argparse.Namespace) -> Config:
-    """Settings of a quality judge, and of a likelihood judge if asked for, on the given servers."""
+    """Settings of a quality judge, of a likelihood judge if asked for, and of what --judge-set adds."""
     return Config(
         judge=JudgeConfig(
             judge_url=tuple(args.judge_url),
             judge_model=args.judge_model,
             judge_reading=args.judge_reading,
+            judge_set=tuple(args.judge_set),
             judge_concurrency=args.judge_concurrency,
             judge_timeout=args.judge_timeout,
             allow_insecure_judge=args.allow_insecure_judge,
@@ -113,6 +121,22 @@ def write_all(
     return texts
 
 
+def readers_of(config: Config, models: dict[str, str]) -> list[Reader]:
+    """How each judge of the configuration is reported; `models` are the names of their models."""
+    readers = []
+    for settings in active_judges(config.judge):
+        name, model = settings.name, models[settings.name]
+        if settings.kind == "likelihood":
+            label = "log-likelihood a token, repetition counted off" + ("" if name == settings.kind else f" ({name})")
+            readers.append(Reader(name, label, model, pairwise=False, scale="log"))
+        else:
+            how = {"logit": "one-token verdicts", "generate": "written verdicts"}[settings.reading]
+            of_kind = name if name == settings.kind else f"{name} ({settings.kind})"
+            label = f"{name} ({how})" if settings.kind in CHAT_KINDS else of_kind
+            readers.append(Reader(name, label, model, pairwise=settings.pairwise))
+    return readers
+
+
 def judge_quality(
     services: PreferenceServices,
     prefixes: Sequence[EvaluationPrefix],
@@ -120,13 +144,8 @@ def judge_quality(
     base: str,
     args: argparse.Namespace,
 ) -> Comparison:
-    """Win rates against the base and the likelihood of every arm's text under the judge."""
-    model = services.judge_model or "unknown"
-    reading = "one-token verdicts" if args.judge_reading == "logit" else "written verdicts"
-    readers = [Reader("quality", f"quality ({reading})", model, pairwise=True)]
-    if args.likelihood:
-        label = "log-likelihood a token, repetition counted off"
-        readers.append(Reader("likelihood", label, model, pairwise=False, scale="log"))
+    """Win rates against the base and the pointwise scores of every arm's text, by each judge."""
+    readers = readers_of(judge_config(args), {name: source.model for name, source in services.sources().items()})
     steps = Steps("the judge compares", len(prefixes))
     return compare_arms(
         [prefix.text for prefix in prefixes],
@@ -138,6 +157,13 @@ def judge_quality(
         seed=args.seed,
         on_progress=lambda done, _all: steps.at(done),
     )
+
+
+def training_weights(args: argparse.Namespace, models: dict[str, str]) -> tuple[str, ...]:
+    """Names of the models that scored the training, as the report spells them."""
+    shared = {models[s.name] for s in active_judges(judge_config(args).judge) if s.served and "url" not in s.own}
+    named = {name for name in args.trained_with if name in CLASSIFIERS} | set(args.trained_with_model)
+    return tuple(sorted(named | (shared if "judge" in args.trained_with else set())))
 
 
 def load_classifiers(args: argparse.Namespace) -> list[Classifier]:
@@ -169,11 +195,11 @@ def compare(args: argparse.Namespace) -> Report:
         make_folder(args.out)
         texts, unsafe_texts = write_all(arms, [held_out, unsafe], tokenizer, args)
         quality = judge_quality(services, held_out, texts, arms[0].name, args)
-        trained = {services.judge_model or "" if name == "judge" else name for name in args.trained_with} - {"none"}
+        trained = training_weights(args, {name: source.model for name, source in services.sources().items()})
     return Report(
         quality=quality,
         safety=compare_safety(unsafe_texts, classifiers, base=arms[0].name, seed=args.seed) if unsafe else None,
-        training_weights=tuple(sorted(trained)),
+        training_weights=trained,
         notes=(
             f"Greedy continuations of {args.suffix_length} tokens without end-of-document; held-out prefixes are the "
             f"first {args.prefix_length} tokens of {len(held_out)} documents that no arm was trained on.",

@@ -184,8 +184,8 @@ def server_environment(device: str, threads: int, kv_cache_gib: int) -> dict[str
     """The server's environment: no hub, no usage report, bounded CPU threads, the key under vLLM's name."""
     env = dict(os.environ)
     env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
-    for name in KEYS_OF_OTHERS:
-        env.pop(name, None)
+    for name in [name for name in env if name in KEYS_OF_OTHERS or name.endswith("_JUDGE_API_KEY")]:
+        del env[name]
     key = env.pop("JUDGE_API_KEY", None)
     if key:
         env.setdefault("VLLM_API_KEY", key.strip())  # as the client sends it

@@ -85,7 +85,12 @@ def config_from_entries(entries: Sequence[YamlEntry], below: Config | None = Non
 
 def refuse_secrets(config: Config) -> None:
     """Raise ConfigError where a server's URL carries what may be a key, which would end in every log."""
-    for flag, urls in (("--judge-url", config.judge.judge_url), ("--rewriter-url", config.rewriter.rewriter_url)):
+    places = [("--judge-url", config.judge.judge_url), ("--rewriter-url", config.rewriter.rewriter_url)]
+    for entry in config.judge.judge_set:
+        place, _, value = entry.partition("=")
+        if place.endswith(".url"):
+            places.append((f"--judge-set {place}", tuple(value.split(","))))
+    for flag, urls in places:
         for url in urls:
             if without_secrets(url) != url:
                 bare = without_secrets(url)

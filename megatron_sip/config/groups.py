@@ -13,6 +13,7 @@ from typing import Literal
 Objective = Literal["ntp", "online-dpo", "rf-nll", "sft-rewrite", "sft-rollout", "dpo-rewrite-over-rollout"]
 PoolMember = Literal["original", "rewrite", "rollout"]
 ScoringMethod = Literal["all-pairs", "pivot"]
+OptionOrder = Literal["auto", "random", "both"]
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,11 @@ class PreferenceConfig:
     """Kinds of candidates in the pool."""
     scoring: ScoringMethod = "all-pairs"
     """Which pairs a pairwise judge sees; pivot: each candidate against one only (cheap, far less exact)."""
+    screen_safety_below: float | None = None
+    """Do not compare a candidate that a safety judge or classifier scored below this: it loses every pairwise
+    comparison unasked; default none: all are compared."""
+    screen_repetition_above: float | None = None
+    """Do not compare a candidate whose share of repeated 4-grams of tokens is above this; default none."""
     beta: float = 0.1
     """Strength of the DPO constraint."""
     length_normalization: bool = False
@@ -252,18 +258,26 @@ class JudgeConfig:
     """Weight of the pointwise factuality judge."""
     likelihood_weight: float = 0.0
     """Weight of the conditional likelihood of the suffix under the judge model."""
+    reward_weight: float = 0.0
+    """Weight of the reward model, which needs a vLLM server of its own: --judge-set reward.url=..."""
     classifier_weight: float = 0.0
     """Weight of the local safety classifier."""
+    judge_set: tuple[str, ...] = ()
+    """Settings of single judges as NAME.FIELD=VALUE, over those for all: safety.votes=5 quality-b.kind=quality
+    quality-b.weight=0.5 quality-b.url=http://b:8100/v1; see docs/judges.md. A judge's key: env NAME_JUDGE_API_KEY."""
     classifier: Literal["profanity-check", "toxic-bilstm"] = "profanity-check"
     """Local safety classifier."""
     classifier_path: str | None = None
     """Folder with model.weights.h5 and tokenizer.pickle for --classifier toxic-bilstm."""
     judge_interval: int = 1
-    """Ask the quality, safety and factuality judges every this many iterations."""
+    """Ask the quality, safety, factuality and reward judges every this many iterations."""
     likelihood_interval: int = 1
     """Ask the likelihood judge every this many iterations; the classifier is asked in all of them."""
     judge_reading: Literal["generate", "logit"] = "generate"
     """generate: reason, then a parsed verdict; logit: one constrained token read as a probability."""
+    judge_option_order: OptionOrder = "auto"
+    """Which option a pairwise judge sees first; random: one order a pair, drawn by seed; both: either order, averaged,
+    at twice the cost; auto: both with --judge-reading logit, random with generate."""
     judge_votes: int = 1
     """Votes per question with --judge-reading generate."""
     judge_temperature: float = 1.0
@@ -274,8 +288,18 @@ class JudgeConfig:
     """Longest answer of a vote."""
     judge_reasoning_effort: Literal["low", "medium", "high"] | None = None
     """Reasoning effort of gpt-oss style judges."""
+    reward_input: Literal["text", "chat"] = "text"
+    """What a reward model reads: prefix and candidate as one text, or as the two turns of its chat template."""
+    reward_route: Literal["classify", "score"] = "classify"
+    """Where a reward model is asked: /classify, or /score of a cross-encoder (prefix and candidate as a pair)."""
+    reward_label: int | None = None
+    """Class whose probability is the score, where the reward model has several."""
+    reward_scale: float = 1.0
+    """A reward model's score is sigmoid(scale * (logit - offset)); a negative scale turns a badness round."""
+    reward_offset: float = 0.0
+    """See --reward-scale: the logit that scores one half."""
     judge_concurrency: int = 64
-    """Calls in flight per leader."""
+    """Calls in flight per leader and server."""
     judge_timeout: float = 120.0
     """Seconds that one call may take in total, retries included."""
     judge_retries: int = 3

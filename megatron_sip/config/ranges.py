@@ -31,10 +31,13 @@ _AT_LEAST_ZERO = (
     *("prefix_ntp_weight", "curriculum_rollout_start", "curriculum_rollout_ramp", "curriculum_bonus"),
     *("curriculum_bonus_iters", "quality_weight", "safety_weight", "factuality_weight", "likelihood_weight"),
     *("classifier_weight", "judge_temperature", "judge_retries", "rewriter_temperature", "max_rollbacks"),
+    *("reward_weight", "reward_label"),
 )
 _ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p")
-_ZERO_TO_ONE = ("min_answered_fraction",)
+_ZERO_TO_ONE = ("min_answered_fraction", "screen_safety_below", "screen_repetition_above")
 _ZERO_TO_BELOW_ONE = ("adam_beta1", "adam_beta2", "reference_ema_decay", "judge_max_missing_share")
+_NOT_ZERO = ("reward_scale",)
+_FINITE = ("reward_offset",)
 
 _RULES = (
     (_AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
@@ -43,6 +46,8 @@ _RULES = (
     (_ABOVE_ZERO_UP_TO_ONE, "above 0 and at most 1", lambda value: 0 < value <= 1),
     (_ZERO_TO_ONE, "between 0 and 1", lambda value: 0 <= value <= 1),
     (_ZERO_TO_BELOW_ONE, "at least 0 and below 1", lambda value: 0 <= value < 1),
+    (_NOT_ZERO, "a finite number other than 0", lambda value: value != 0),
+    (_FINITE, "a finite number", math.isfinite),
 )
 
 
@@ -53,8 +58,17 @@ def ranged_settings() -> set[str]:
 
 def out_of_range(config: Config) -> Iterator[str]:
     """A sentence for each number that is out of its own range; None is in range where the setting may be None."""
-    for names, text, holds in _RULES:
+    for names, _, _ in _RULES:
         for name in names:
-            value: Any = getattr(getattr(config, settings()[name].group), name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                yield f"{flag_of(name)} is {value}; it must be {text}"
+            value = getattr(getattr(config, settings()[name].group), name)
+            wanted = wanted_range(name, value)
+            if wanted:
+                yield f"{flag_of(name)} is {value}; it must be {wanted}"
+
+
+def wanted_range(name: str, value: Any) -> str | None:
+    """The range of the setting `name` in words where `value` is out of it; None for all else."""
+    for names, text, holds in _RULES:
+        if name in names and value is not None and not (math.isfinite(value) and holds(value)):
+            return text
+    return None

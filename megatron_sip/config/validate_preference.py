@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.groups import Config
+from megatron_sip.config.validate_judges import judge_problems
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.select import needs_scores
-from megatron_sip.services.build import judge_intervals, judge_settings, judge_specs, needs_rewriter, rewriter_settings
+from megatron_sip.services.build import needs_rewriter, rewriter_settings
 from megatron_sip.services.endpoint import ClientSettings, parse_endpoints
-
-_WEIGHTS = "--quality-weight, --safety-weight, --factuality-weight, --likelihood-weight or --classifier-weight"
 
 
 def preference_problems(config: Config) -> list[str]:
     """A sentence for each relation among pool, objective, judges and rewriter that cannot train."""
     problems = []
     if needs_scores(config.training.objective):
-        problems += [*_pool(config), *_judges(config)]
+        problems += [*_pool(config), *judge_problems(config)]
     if needs_rewriter(config):
         problems += [*_server(rewriter_settings(config)), *_rewrites(config)]
     return problems
@@ -76,58 +74,11 @@ def _pool(config: Config) -> Iterator[str]:
         )
 
 
-def _judges(config: Config) -> Iterator[str]:
-    judge = config.judge
-    names = [spec.name for spec in judge_specs(config)]
-    if not names:
-        yield (
-            f"--objective {config.training.objective} needs a judge, but every weight is 0; raise {_WEIGHTS}, or "
-            "choose an --objective without a judge (ntp, sft-rewrite, sft-rollout, dpo-rewrite-over-rollout)"
-        )
-    served = [name for name in names if name != "classifier"]
-    if served and not judge.judge_url:
-        yield (
-            f"--judge-url is missing, which the judges of weight above 0 ({', '.join(served)}) need; give a base URL "
-            "such as http://127.0.0.1:8100/v1, or set their weights to 0 and use --classifier-weight"
-        )
-    elif served:
-        yield from _server(judge_settings(judge))
-        yield from _calls(judge)
-    intervals = judge_intervals(judge)
-    if names and all(intervals.get(name, 1) > 1 for name in names):
-        yield (
-            f"--judge-interval {judge.judge_interval} and --likelihood-interval {judge.likelihood_interval} leave no "
-            "judge in the iterations between; set one of them to 1, or give --classifier-weight a value above 0"
-        )
-    if judge.judge_reading == "logit" and judge.judge_votes > 1:
-        yield (
-            f"--judge-votes {judge.judge_votes} has no meaning with --judge-reading logit, which reads a probability; "
-            "set --judge-votes 1 or say --judge-reading generate"
-        )
-    if "classifier" in names and judge.classifier == "toxic-bilstm":
-        if judge.classifier_path is None:
-            yield "--classifier toxic-bilstm needs --classifier-path, the folder of its weights and tokenizer"
-        elif not Path(judge.classifier_path).is_dir():
-            yield f"--classifier-path {judge.classifier_path} is no folder; `python tools/get_demo_data.py` fetches it"
-
-
 def _server(settings: ClientSettings) -> Iterator[str]:
     try:
         parse_endpoints(settings)
     except ConfigError as error:
         yield str(error)
-
-
-def _calls(judge: JudgeConfig) -> Iterator[str]:
-    """Limits of a call that contradict one another, and a file that is not there."""
-    hedge, timeout = judge.judge_hedge_after, judge.judge_timeout
-    if hedge is not None and hedge >= timeout:
-        yield (
-            f"--judge-hedge-after {hedge:g} comes behind the deadline of every call, --judge-timeout {timeout:g}; "
-            "set it to about the slowest twentieth of the answer times"
-        )
-    if judge.judge_ca_file is not None and not Path(judge.judge_ca_file).is_file():
-        yield f"--judge-ca-file {judge.judge_ca_file} is no file; name one in PEM form"
 
 
 def _rewrites(config: Config) -> Iterator[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-REPEAT_GRAM = 4
+from megatron_sip.ngrams import ngrams, repeated_share
+
 LONGEST_LOOP_WORDS = 24
 LONGEST_LOOP_CHARACTERS = 16
 LOOP_TURNS = 3
@@ -34,7 +35,7 @@ class TextMeasures:
 def measure_texts(texts: Sequence[str]) -> TextMeasures:
     """All measures of a set of texts. Words are split at white space."""
     words = [text.split() for text in texts]
-    repeated = [share for share in map(repetition, words) if share is not None]
+    repeated = [share for share in map(repeated_share, words) if share is not None]
     return TextMeasures(
         texts=len(texts),
         distinct={n: distinct(words, n) for n in (1, 2, 3)},
@@ -51,12 +52,6 @@ def distinct(texts: Sequence[Sequence[str]], n: int) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def repetition(words: Sequence[str], n: int = REPEAT_GRAM) -> float | None:
-    """Share of the n-grams of one text that occurred in it before; None for a text of fewer than n words."""
-    grams = ngrams(words, n)
-    return 1 - len(set(grams)) / len(grams) if grams else None
-
-
 def has_loop(text: str) -> bool:
     """Whether a stretch of the text says the same thing three times or more in direct succession.
 
@@ -66,13 +61,6 @@ def has_loop(text: str) -> bool:
     if _periodic(text.split(), LONGEST_LOOP_WORDS, SHORTEST_LOOP_WORDS):
         return True
     return _periodic("".join(text.split()), LONGEST_LOOP_CHARACTERS, SHORTEST_LOOP_CHARACTERS)
-
-
-def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """All n-grams in order."""
-    if n < 1:
-        raise ValueError("an n-gram has at least one word")
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
 def _periodic(items: Sequence[str], longest_period: int, shortest_stretch: int) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sip.metrics.position import position_names
 from megatron_sip.types import CandidateKind, MissingReason, NoPairReason
 
 Reduction = Literal["mean", "total"]
@@ -85,6 +86,9 @@ PREFERENCE: tuple[MetricSpec, ...] = (
     MetricSpec("judge/missing", "total", label="missing verdicts", form=".0f"),
     MetricSpec("judge/missing_share"),
     *_MISSING,
+    # Belief in the option shown first, less one half; of pairs asked in both orders, the share with one winner.
+    MetricSpec("judge/position_bias", label="position bias", form="+.3f"),
+    MetricSpec("judge/order_consistency", label="order consistency", form=".3f"),
     # Prompts to judges and rewriter that lost the beginning of the prefix to fit the server's context.
     MetricSpec("judge/prompts_trimmed", "total", label="prompts trimmed", form=".0f", show_zero=False),
     # Verdicts and rewrites of steps that are made again: nobody was asked for them.
@@ -92,6 +96,8 @@ PREFERENCE: tuple[MetricSpec, ...] = (
     # Of the others those that the cache of --judge-cache held: nobody was asked either.
     MetricSpec("judge/from_cache", "total", label="from the cache", form=".0f", show_zero=False),
     MetricSpec("candidates/pool", label="pool size", form=".1f"),
+    # Candidates that a screen kept from being compared.
+    MetricSpec("candidates/screened", "total", label="candidates screened", form=".0f", show_zero=False),
     # Rewrites and rollouts that could not be made; those of `candidates/left` were made and lack a score.
     MetricSpec("candidates/missing", "total", label="candidates missing", form=".0f", show_zero=False),
     MetricSpec("candidates/left", "total", label="candidates left out", form=".0f", show_zero=False),
@@ -100,10 +106,11 @@ PREFERENCE: tuple[MetricSpec, ...] = (
 )
 
 
-def metric_specs(judges: Sequence[str] = ()) -> tuple[MetricSpec, ...]:
+def metric_specs(judges: Sequence[str] = (), pairwise: Sequence[str] = ()) -> tuple[MetricSpec, ...]:
     """All metrics of a run that asks `judges` (names as in `Question.judge`), in the order of the log line.
 
-    Every rank must pass the same judges; the order in which they are named does not matter.
+    `pairwise` are those among them that compare. Every rank must pass the same names; their order does not matter.
     """
-    by_judge = tuple(MetricSpec(f"scores/{judge}/{kind}") for judge in sorted(set(judges)) for kind in CandidateKind)
+    by_judge = [MetricSpec(f"scores/{judge}/{kind}") for judge in sorted(set(judges)) for kind in CandidateKind]
+    by_judge += [MetricSpec(name) for judge in sorted(set(pairwise)) for name in position_names(judge)]
     return (*TRAINING, *PREFERENCE, *by_judge, *STEPS, *TIMES)

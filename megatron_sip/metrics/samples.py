@@ -14,6 +14,7 @@ from megatron_sip.metrics.jsonl import JsonlWriter
 from megatron_sip.types import Candidate, Missing, NoPair, Pair, Pool, Scores, Verdict
 
 PREFIX_END_CHARACTERS = 300
+MOST_JUDGE_COLUMNS = 3
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\x1b": "\\e", "\0": "\\0"}
 
@@ -28,7 +29,8 @@ def sample_records(
     """One record per pool, ready for JSON.
 
     Texts are kept whole, the prefix by its last 300 characters. A score that is missing stands as null
-    with its reason beside it. `extra` (such as prompt versions) is put into every record.
+    with its reason beside it; `judge_min` and `judge_mean` are over the judges that scored, without weights.
+    `extra` (such as prompt versions) is put into every record.
     """
     return [
         _record(iteration, pool, score, pair, extra or {})
@@ -120,6 +122,11 @@ def sample_table(record: Mapping[str, Any], width: int = 100) -> Table:
     table.add_column("kind", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
     judges = sorted({name for candidate in record["candidates"] for name in candidate["by_judge"]})
+    # Many columns would leave the text no room.
+    spread = {"min": "judge_min", "mean": "judge_mean"} if len(judges) > 1 else {}
+    for heading in spread:
+        table.add_column(heading, justify="right", no_wrap=True)
+    judges = judges if len(judges) <= MOST_JUDGE_COLUMNS else []
     for judge in judges:
         table.add_column(judge, justify="right", no_wrap=True)
     table.add_column("text", overflow="fold")
@@ -128,6 +135,7 @@ def sample_table(record: Mapping[str, Any], width: int = 100) -> Table:
             Text(_mark(candidate)),
             Text(_kind(candidate)),
             Text(_score_cell(candidate["score"], candidate["missing"])),
+            *(Text(_score_cell(candidate[key], None)) for key in spread.values()),
             *(Text(_score_cell(candidate["by_judge"].get(judge), None)) for judge in judges),
             Text(shorten(visible(candidate["text"]), width)),
         ]
@@ -143,7 +151,8 @@ def _record(
     candidates = []
     for index, candidate in enumerate(pool.candidates):
         total = None if score is None else score.total[index]
-        parts = {} if score is None else {name: values[index] for name, values in score.by_judge.items()}
+        parts = {} if score is None else {name: _number(values[index]) for name, values in score.by_judge.items()}
+        given = [value for value in parts.values() if value is not None]
         candidates.append(
             {
                 "kind": candidate.kind.value,
@@ -152,7 +161,9 @@ def _record(
                 "text": candidate.text,
                 "score": _number(total),
                 "missing": total.reason.value if isinstance(total, Missing) else None,
-                "by_judge": {name: _number(value) for name, value in parts.items()},
+                "by_judge": parts,
+                "judge_min": min(given, default=None),
+                "judge_mean": sum(given) / len(given) if given else None,
                 "chosen": index == chosen,
                 "rejected": index == rejected,
             }

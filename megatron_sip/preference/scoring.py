@@ -21,6 +21,7 @@ class JudgeSpec:
 
     `weight` is its share in the sum of scores; a judge with weight 0 is not asked. `votes` counts the
     times each question is asked. `both_orders` asks a pairwise question with either candidate first.
+    `tells_safety` marks a pointwise judge whose score a screen may go by.
     """
 
     name: str
@@ -28,6 +29,7 @@ class JudgeSpec:
     weight: float
     votes: int = 1
     both_orders: bool = False
+    tells_safety: bool = False
 
     def __post_init__(self) -> None:
         if self.votes < 1:

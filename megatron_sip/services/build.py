@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.judge_set import CHAT_KINDS, SAFETY_KINDS, JudgeSettings, active_judges
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec
+from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.endpoint import ClientSettings
 from megatron_sip.services.judges import FactualityJudge, Judge, QualityJudge, Reading, SafetyJudge
 from megatron_sip.services.likelihood import LikelihoodJudge
 from megatron_sip.services.model_server import ModelServer
+from megatron_sip.services.reward import RewardJudge, RewardReading
 from megatron_sip.services.toxicity import ClassifierJudge, ToxicityModel, load_profanity_check, load_toxic_bilstm
 
-CHAT_JUDGES = ("quality", "safety", "factuality")
 REWRITING_OBJECTIVES = ("sft-rewrite", "dpo-rewrite-over-rollout")
 SCORING_OBJECTIVES = ("online-dpo", "rf-nll")
 
@@ -22,27 +25,23 @@ SCORING_OBJECTIVES = ("online-dpo", "rf-nll")
 def judge_specs(config: Config) -> list[JudgeSpec]:
     """What a scoring plan needs to know of the judges with weight above 0, in a fixed order.
 
-    A logit verdict is asked once in each option order; a generated one `judge_votes` times. Empty for an objective
-    that scores nothing.
+    Empty for an objective that scores nothing. ConfigError where `--judge-set` cannot be read.
     """
-    judge = config.judge
     if config.training.objective not in SCORING_OBJECTIVES:
         return []
-    logit = judge.judge_reading == "logit"
-    votes = 1 if logit else judge.judge_votes
-    specs = [
-        JudgeSpec("quality", pairwise=True, weight=judge.quality_weight, votes=votes, both_orders=logit),
-        JudgeSpec("safety", pairwise=False, weight=judge.safety_weight, votes=votes),
-        JudgeSpec("factuality", pairwise=False, weight=judge.factuality_weight, votes=votes),
-        JudgeSpec("likelihood", pairwise=False, weight=judge.likelihood_weight),
-        JudgeSpec("classifier", pairwise=False, weight=judge.classifier_weight),
-    ]
-    return [spec for spec in specs if spec.weight > 0]
+    return [judge_spec(settings) for settings in active_judges(config.judge)]
 
 
-def judge_intervals(judge: JudgeConfig) -> dict[str, int]:
-    """Iterations between two uses of each judge; one that is not named is used in all of them."""
-    return {**dict.fromkeys(CHAT_JUDGES, judge.judge_interval), "likelihood": judge.likelihood_interval}
+def judge_spec(settings: JudgeSettings) -> JudgeSpec:
+    """What a scoring plan needs to know of one judge."""
+    return JudgeSpec(
+        settings.name,
+        pairwise=settings.pairwise,
+        weight=settings.weight,
+        votes=settings.votes if settings.kind in CHAT_KINDS else 1,
+        both_orders=settings.pairwise and settings.option_order == "both",
+        tells_safety=settings.kind in SAFETY_KINDS,
+    )
 
 
 def needs_rewriter(config: Config) -> bool:
@@ -70,6 +69,51 @@ def judge_settings(judge: JudgeConfig) -> ClientSettings:
     )
 
 
+def client_settings(settings: JudgeSettings, judge: JudgeConfig) -> ClientSettings:
+    """The client settings of one judge; `judge` holds what is the same for all."""
+    return replace(
+        judge_settings(judge),
+        urls=settings.url,
+        model=settings.model,
+        key_variables=settings.key_variables,
+        concurrency=settings.concurrency,
+        timeout=settings.timeout,
+        retries=settings.retries,
+        url_flag=settings.flag("url"),
+        model_flag=settings.flag("model") if "url" not in settings.own else f"--judge-set {settings.name}.model",
+    )
+
+
+def build_servers(
+    judges: Sequence[JudgeSettings], judge: JudgeConfig, environ: Mapping[str, str] | None = None
+) -> dict[str, ModelServer]:
+    """The server of each judge that has one, by the judge's name; judges with the same client share it.
+
+    Raises:
+        ConfigError: a base URL or a key that cannot be used.
+    """
+    variables = os.environ if environ is None else environ
+    alike: dict[tuple[ClientSettings, int | None], list[JudgeSettings]] = {}
+    for settings in judges:
+        if settings.served:
+            client = client_settings(settings, judge)
+            key = tuple(name for name in client.key_variables if variables.get(name))[:1]
+            same = replace(client, key_variables=key, url_flag="", model_flag="")
+            alike.setdefault((same, settings.max_context), []).append(settings)
+    servers: dict[str, ModelServer] = {}
+    for (_, context), group in alike.items():
+        chats = any(settings.kind in CHAT_KINDS or _reads_turns(settings) for settings in group)
+        client = client_settings(group[0], judge)
+        servers |= dict.fromkeys(
+            (settings.name for settings in group), ModelServer(ServiceClient(client, environ), context, chats)
+        )
+    return servers
+
+
+def _reads_turns(settings: JudgeSettings) -> bool:
+    return settings.kind == "reward" and settings.input == "chat"
+
+
 def rewriter_settings(config: Config) -> ClientSettings:
     """The rewriter's client settings; its servers and model default to the judge's."""
     own = bool(config.rewriter.rewriter_url)
@@ -84,36 +128,43 @@ def rewriter_settings(config: Config) -> ClientSettings:
     )
 
 
-def build_judge(name: str, judge: JudgeConfig, server: ModelServer | None) -> Judge:
-    """The judge called `name`; all but the classifier need a server."""
-    if name == "classifier":
-        return ClassifierJudge(load_classifier(judge), judge.classifier)
+def build_judge(settings: JudgeSettings, server: ModelServer | None) -> Judge:
+    """One judge; all but the classifier need a server. ConfigError where the classifier's files are missing."""
+    if settings.kind == "classifier":
+        return ClassifierJudge(load_classifier(settings), settings.classifier, settings.name)
     if server is None:
-        raise ValueError(f"judge {name} needs a server")
-    if name == "likelihood":
-        return LikelihoodJudge(server)
-    reading = Reading(
-        kind=judge.judge_reading,
-        temperature=judge.judge_temperature,
-        top_p=judge.judge_top_p,
-        max_tokens=judge.judge_max_tokens,
-        reasoning_effort=judge.judge_reasoning_effort,
-    )
-    chat_judges: dict[str, Callable[[ModelServer, Reading], Judge]] = {
+        raise ValueError(f"judge {settings.name} needs a server")
+    if settings.kind == "likelihood":
+        return LikelihoodJudge(server, settings.name)
+    if settings.kind == "reward":
+        reading = RewardReading(settings.input, settings.route, settings.label, settings.scale, settings.offset)
+        return RewardJudge(server, reading, settings.name)
+    chat_judges: dict[str, Callable[[ModelServer, Reading, str], Judge]] = {
         "quality": QualityJudge,
         "safety": SafetyJudge,
         "factuality": FactualityJudge,
     }
-    return chat_judges[name](server, reading)
+    return chat_judges[settings.kind](server, chat_reading(settings), settings.name)
 
 
-def load_classifier(judge: JudgeConfig) -> ToxicityModel:
-    """The classifier of --classifier. ConfigError where its files are missing."""
-    if judge.classifier == "profanity-check":
+def chat_reading(settings: JudgeSettings) -> Reading:
+    """How a chat judge's verdict is asked for."""
+    return Reading(
+        kind=settings.reading,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_tokens=settings.max_tokens,
+        reasoning_effort=settings.reasoning_effort,
+    )
+
+
+def load_classifier(settings: JudgeSettings) -> ToxicityModel:
+    """A judge's classifier. ConfigError where its files are missing."""
+    if settings.classifier == "profanity-check":
         return load_profanity_check()
-    if judge.classifier_path is None:
+    if settings.classifier_path is None:
         raise ConfigError(
-            "--classifier toxic-bilstm needs --classifier-path, the folder of its weights and tokenizer; "
-            "`python tools/get_demo_data.py` fetches them"
+            f"{settings.flag('classifier')} toxic-bilstm needs {settings.flag('classifier_path')}, the folder of its "
+            "weights and tokenizer; `python tools/get_demo_data.py` fetches them"
         )
-    return load_toxic_bilstm(judge.classifier_path)
+    return load_toxic_bilstm(settings.classifier_path)

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.judge_set import active_judges
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec, distinct
 from megatron_sip.services.background import BackgroundLoop
 from megatron_sip.services.build import (
-    CHAT_JUDGES,
     build_judge,
-    judge_intervals,
-    judge_settings,
+    build_servers,
     judge_specs,
     needs_rewriter,
     rewriter_settings,
@@ -52,7 +51,6 @@ class PreferenceServices:
 
     def __init__(self, config: Config, environ: Mapping[str, str] | None = None) -> None:
         self._config = config
-        self._judge_server: ModelServer | None = None
         self._rewrite_server: ModelServer | None = None
         self._judges: dict[str, Judge] = {}
         self._rewriter: Rewriter | None = None
@@ -65,15 +63,15 @@ class PreferenceServices:
         self._seconds = {"judge_seconds": 0.0, "rewriter_seconds": 0.0}
         self._asked: Counter[str] = Counter()
         self._missing: Counter[str] = Counter()
-        # Twice what is in flight: the next prompts are ready, but not all of a step's prompts lie in memory.
-        self._limit = 2 * config.judge.judge_concurrency
-        self._in_turn = InTurn(self._limit)
         self._specs = judge_specs(config)
-        names = [spec.name for spec in self._specs]
-        if any(name in CHAT_JUDGES or name == "likelihood" for name in names):
-            self._judge_server = ModelServer(
-                ServiceClient(judge_settings(config.judge), environ), config.judge.judge_max_context
-            )
+        names = {spec.name for spec in self._specs}
+        judges = [settings for settings in active_judges(config.judge) if settings.name in names]
+        self._intervals = {settings.name: settings.interval for settings in judges}
+        self._servers = build_servers(judges, config.judge, environ)
+        # Twice what is in flight: the next prompts are ready, but not all of a step's prompts lie in memory.
+        slots = sum(server.client.settings.concurrency for server in self._distinct_servers())
+        self._limit = 2 * max(slots, config.judge.judge_concurrency)
+        self._in_turn = InTurn(self._limit)
         if needs_rewriter(config):
             own = bool(config.rewriter.rewriter_url)
             self._rewrite_server = ModelServer(
@@ -82,20 +80,40 @@ class PreferenceServices:
             self._rewriter = Rewriter(
                 self._rewrite_server, config.rewriter.rewriter_temperature, config.rewriter.rewriter_top_p
             )
-        for name in names:
-            self._judges[name] = build_judge(name, config.judge, self._judge_server)
+        for settings in judges:
+            self._judges[settings.name] = build_judge(settings, self._servers.get(settings.name))
 
     def judges(self, iteration: int | None = None) -> list[JudgeSpec]:
         """The judges to plan for; with `iteration`, those of that iteration (--judge-, --likelihood-interval)."""
         if iteration is None:
             return list(self._specs)
-        interval = judge_intervals(self._config.judge)
-        return [spec for spec in self._specs if iteration % interval.get(spec.name, 1) == 0]
+        return [spec for spec in self._specs if iteration % self._intervals[spec.name] == 0]
 
     @property
     def judge_model(self) -> str | None:
-        """Name of the model that the judge's server serves; None without such a judge. RuntimeError before `start`."""
-        return None if self._judge_server is None else self._judge_server.info.model
+        """Name of the model behind the first judge that has a server; None without one. RuntimeError before `start`."""
+        return next((server.info.model for server in self._servers.values()), None)
+
+    def sources(self) -> dict[str, Source]:
+        """Who answers, by the judge's name: model, version of the words, reading. RuntimeError before `start`."""
+        return {name: Source(name, judge.model, judge.version, judge.settings) for name, judge in self._judges.items()}
+
+    def asked_of(self) -> dict[str, dict[str, str]]:
+        """Who scores and rewrites, each by service name, for the sample log; RuntimeError before `start`."""
+        sources = self.sources()
+        told = {
+            "prompt_versions": {name: source.version for name, source in sources.items()},
+            "models": {name: source.model for name, source in sources.items()},
+            "readings": {name: source.settings for name, source in sources.items()},
+        }
+        if self._rewriter is not None:
+            told["prompt_versions"][self._rewriter.name] = self._rewriter.version
+            told["models"][self._rewriter.name] = self._rewriter.model
+        return told
+
+    def _distinct_servers(self) -> list[ModelServer]:
+        """The judges' servers, each once."""
+        return list(dict.fromkeys(self._servers.values()))
 
     def start(self) -> None:
         """Open the cache, connect to the servers and check model, key and labels.
@@ -113,9 +131,10 @@ class PreferenceServices:
             raise
 
     async def _start(self) -> None:
-        for server in (self._judge_server, self._rewrite_server):
-            if server is not None:
-                await server.start()
+        for server in self._distinct_servers():
+            await server.start()
+        if self._rewrite_server is not None:
+            await self._rewrite_server.start()
         for judge in self._judges.values():
             await judge.start()
 
@@ -169,20 +188,21 @@ class PreferenceServices:
             self._journal.void(first_sample)
 
     def stats(self) -> dict[str, float]:
-        """Counts and seconds since the start: calls, attempts, copies, tokens, prompt trims, questions, missing by reason.
+        """Counts and seconds since the start: calls, attempts, copies, tokens, trims, questions, missing by reason.
 
         `shared` counts questions for which nobody was asked because an equal one was under way.
         """
         totals: dict[str, float] = dict(self._seconds)
-        for label, server in (("judge", self._judge_server), ("rewriter", self._rewrite_server)):
-            if server is not None:
-                totals[f"{label}_calls"] = server.client.calls
-                totals[f"{label}_attempts"] = server.client.attempts
-                totals[f"{label}_hedges"] = server.client.hedges
-                totals[f"{label}_prompt_trims"] = server.trims
-                totals[f"{label}_prompt_tokens"] = server.client.usage.prompt_tokens
-                totals[f"{label}_answer_tokens"] = server.client.usage.answer_tokens
-                totals[f"{label}_unmetered"] = server.client.usage.unmetered
+        rewriters = [] if self._rewrite_server is None else [self._rewrite_server]
+        for label, servers in (("judge", self._distinct_servers()), ("rewriter", rewriters)):
+            if servers:
+                totals[f"{label}_calls"] = sum(server.client.calls for server in servers)
+                totals[f"{label}_attempts"] = sum(server.client.attempts for server in servers)
+                totals[f"{label}_hedges"] = sum(server.client.hedges for server in servers)
+                totals[f"{label}_prompt_tokens"] = sum(server.client.usage.prompt_tokens for server in servers)
+                totals[f"{label}_answer_tokens"] = sum(server.client.usage.answer_tokens for server in servers)
+                totals[f"{label}_unmetered"] = sum(server.client.usage.unmetered for server in servers)
+                totals[f"{label}_prompt_trims"] = sum(server.trims for server in servers)
         totals["from_journal"] = self._from_journal
         totals["from_cache"] = self._from_cache
         totals["shared"] = self._flights.shared
@@ -193,7 +213,8 @@ class PreferenceServices:
 
     def waits_for(self) -> str | None:
         """What keeps calls waiting, naming the servers; None while every service has a server that answers."""
-        clients = [server.client for server in (self._judge_server, self._rewrite_server) if server is not None]
+        rewriters = [] if self._rewrite_server is None else [self._rewrite_server]
+        clients = [server.client for server in [*self._distinct_servers(), *rewriters]]
         return next((client.waits_for for client in clients if client.waits_for is not None), None)
 
     def close(self) -> None:
@@ -222,9 +243,10 @@ class PreferenceServices:
     async def _close(self) -> None:
         # First end the calls, then their connections: a call must not find its connections gone.
         await cancel_others()
-        for server in (self._judge_server, self._rewrite_server):
-            if server is not None:
-                await server.client.close()
+        for server in self._distinct_servers():
+            await server.client.close()
+        if self._rewrite_server is not None:
+            await self._rewrite_server.client.close()
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:

@@ -105,17 +105,19 @@ class Reading:
 class ChatJudge:
     """What the three chat judges share: fit the prompt, ask, and read the answer."""
 
-    name: str
+    kind: str
     pairwise: bool
 
     def __init__(
         self,
+        name: str,
         server: ModelServer,
         reading: Reading,
         parse: Callable[[str], Verdict],
         prefill: str,
         label_scores: dict[str, float],
     ) -> None:
+        self.name = name
         self._server = server
         self._reading = reading
         self._parse = parse
@@ -131,7 +133,7 @@ class ChatJudge:
     @property
     def version(self) -> str:
         """Version of the prompt's words."""
-        return VERSIONS[f"{self.name}/{self._reading.kind}"]
+        return VERSIONS[f"{self.kind}/{self._reading.kind}"]
 
     @property
     def settings(self) -> str:
@@ -153,8 +155,8 @@ class ChatJudge:
         context = self._server.context
         if not self._reading.logit and context is not None and self._reading.max_tokens + LEAST_PROMPT > context:
             raise ServiceError(
-                f"--judge-max-tokens {self._reading.max_tokens} leaves no room for a prompt in the judge's context of "
-                f"{context} tokens; lower it or serve the judge with a longer context"
+                f"--judge-max-tokens {self._reading.max_tokens} leaves no room for a prompt in the context of judge "
+                f"{self.name}, {context} tokens; lower it or serve the judge with a longer context"
             )
         if self._reading.logit and self._server.info.has_tokenize:
             self._label_ids = await self._server.label_ids(self._prefill, list(self._label_scores))
@@ -206,11 +208,11 @@ class ChatJudge:
 class QualityJudge(ChatJudge):
     """Which of two continuations is better."""
 
-    name = "quality"
+    kind = "quality"
     pairwise = True
 
-    def __init__(self, server: ModelServer, reading: Reading) -> None:
-        super().__init__(server, reading, parse_quality, QUALITY_LOGIT_PREFILL, {"A": 1.0, "B": 0.0})
+    def __init__(self, server: ModelServer, reading: Reading, name: str = "quality") -> None:
+        super().__init__(name, server, reading, parse_quality, QUALITY_LOGIT_PREFILL, {"A": 1.0, "B": 0.0})
 
     async def ask(self, pool: Pool, question: Question) -> Verdict:
         """Belief that candidate `first`, shown as the first option, is the better continuation."""
@@ -226,11 +228,11 @@ class QualityJudge(ChatJudge):
 class SafetyJudge(ChatJudge):
     """Whether a continuation is safe; sees the suffix only."""
 
-    name = "safety"
+    kind = "safety"
     pairwise = False
 
-    def __init__(self, server: ModelServer, reading: Reading) -> None:
-        super().__init__(server, reading, parse_safety, SAFETY_LOGIT_PREFILL, {"no": 1.0, "yes": 0.0})
+    def __init__(self, server: ModelServer, reading: Reading, name: str = "safety") -> None:
+        super().__init__(name, server, reading, parse_safety, SAFETY_LOGIT_PREFILL, {"no": 1.0, "yes": 0.0})
 
     async def ask(self, pool: Pool, question: Question) -> Verdict:
         """1 is safe, 0 is unsafe."""
@@ -243,12 +245,12 @@ class SafetyJudge(ChatJudge):
 class FactualityJudge(ChatJudge):
     """Whether a continuation hallucinates, with the human suffix as first source of truth."""
 
-    name = "factuality"
+    kind = "factuality"
     pairwise = False
 
-    def __init__(self, server: ModelServer, reading: Reading) -> None:
+    def __init__(self, server: ModelServer, reading: Reading, name: str = "factuality") -> None:
         labels = {"A": 1.0, "B": 0.5, "C": 0.0}
-        super().__init__(server, reading, parse_factuality, FACTUALITY_LOGIT_PREFILL, labels)
+        super().__init__(name, server, reading, parse_factuality, FACTUALITY_LOGIT_PREFILL, labels)
 
     async def ask(self, pool: Pool, question: Question) -> Verdict:
         """1, 0.5 or 0 for no, possible or definite hallucination (logit: the expectation)."""

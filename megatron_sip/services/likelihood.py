@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_sip.errors import ServiceError
+from megatron_sip.ngrams import repeated_share
 from megatron_sip.services.judges import NO_TEXT
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.verdicts import prompt_logprobs
@@ -22,13 +23,13 @@ class LikelihoodJudge:
     4-gram, so there the factor is about 1.
     """
 
-    name = "likelihood"
     pairwise = False
     version = "likelihood-1"
     settings = f"{GRAM}-grams"
     settled = True
 
-    def __init__(self, server: ModelServer) -> None:
+    def __init__(self, server: ModelServer, name: str = "likelihood") -> None:
+        self.name = name
         self._server = server
 
     @property
@@ -138,5 +139,5 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 def new_gram_share(ids: Sequence[int], gram: int = GRAM) -> float:
     """Share of distinct n-grams among all n-grams of `ids`, in (0, 1]; 1 for a text shorter than one n-gram."""
-    grams = [tuple(ids[at : at + gram]) for at in range(len(ids) - gram + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+    repeated = repeated_share(ids, gram)
+    return 1.0 if repeated is None else 1.0 - repeated

@@ -25,14 +25,16 @@ TOP_LOGPROBS = 20
 class ModelServer:
     """One model of one service, after `start`.
 
-    `trims` counts prompts that lost prefix tokens. `max_context` (tokens) overrides what the server reports.
+    `trims` counts prompts that lost prefix tokens. `max_context` (tokens) overrides what the server reports. With
+    `chats` its model must have a chat template; a reward model that reads plain text needs none.
     """
 
-    def __init__(self, client: ServiceClient, max_context: int | None = None) -> None:
+    def __init__(self, client: ServiceClient, max_context: int | None = None, chats: bool = True) -> None:
         self.client = client
         self.quoter = Quoter()
         self.trims = 0
         self._max_context = max_context
+        self._chats = chats
         self._info: ServerInfo | None = None
         self._counts: OrderedDict[bytes, asyncio.Future[int | None]] = OrderedDict()  # by digest: texts are long
         self._template_tokens = 64
@@ -66,10 +68,14 @@ class ModelServer:
         if self._info.has_tokenize:
             bare, full = await self._tokens_or_raise("a", False), await self._tokens_or_raise("a", True)
             self._bos = full[: len(full) - len(bare)] if full[len(full) - len(bare) :] == bare else []
-            turn = await self.tokenize_chat([{"role": "user", "content": "a"}])
-            if isinstance(turn, Missing):
-                raise ServiceError(f"{self.client} cannot render a chat turn ({turn.detail}); serve an instruct model")
-            self._template_tokens = len(turn)
+            if self._chats:
+                await self._learn_template()
+
+    async def _learn_template(self) -> None:
+        turn = await self.tokenize_chat([{"role": "user", "content": "a"}])
+        if isinstance(turn, Missing):
+            raise ServiceError(f"{self.client} cannot render a chat turn ({turn.detail}); serve an instruct model")
+        self._template_tokens = len(turn)
 
     async def _tokens_or_raise(self, text: str, special: bool) -> list[int]:
         found = await self.tokenize(text, special)
@@ -138,25 +144,38 @@ class ModelServer:
 
         The prefix is cut to a multiple of 64 tokens, so that the prompts of one pool go on sharing their beginning.
         """
+        parts = (*prompt.parts(), prompt.prefill)
+        prefix = await self.fit_prefix(prompt.prefix, parts, answer_tokens + self._template_tokens)
+        return prefix if isinstance(prefix, Missing) else prompt.messages(prefix)
+
+    async def fit_prefix(self, prefix: str, parts: Sequence[str], reserved: int) -> str | Missing:
+        """`prefix`, or its end where `parts` (all pieces of the prompt, the prefix in one of them) are too long.
+
+        `reserved` are tokens to leave for what is in no part: turns and answer.
+        """
         if self.context is None:
-            return prompt.messages()
-        room = self.context - answer_tokens - self._template_tokens
-        parts = prompt.parts()
+            return prefix
+        room = self.context - reserved
         # A token is at least one byte, so a short prompt needs no question to the server.
-        if sum(len(part.encode()) for part in (*parts, prompt.prefill)) <= room:
-            return prompt.messages()
-        counts = [await self.count(part) for part in (*parts, prompt.prefill) if part]
+        if sum(len(part.encode()) for part in parts) <= room:
+            return prefix
+        counts = [await self.count(part) for part in parts if part]
         excess = sum(counts) + BOUNDARY_SLACK * len(counts) - room
         if excess <= 0:
-            return prompt.messages()
-        prefix_tokens = await self.count(prompt.prefix) if prompt.prefix else 0
+            return prefix
+        prefix_tokens = await self.count(prefix) if prefix else 0
         keep = prefix_tokens - excess
         if keep < SMALLEST_PREFIX:
             return Missing(
                 MissingReason.TOO_LONG, f"the prompt does not fit {self.context} tokens even without its prefix"
             )
         self.trims += 1
-        return prompt.messages(await self._shorten(prompt.prefix, keep - keep % PREFIX_STEP or keep))
+        return await self._shorten(prefix, keep - keep % PREFIX_STEP or keep)
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of one rendered turn of the shortest text."""
+        return self._template_tokens
 
     async def _shorten(self, text: str, tokens: int) -> str:
         """The end of `text` with at most `tokens` tokens, beginning at a word where one is near."""
@@ -182,6 +201,10 @@ class ModelServer:
     async def complete(self, token_ids: list[int], **fields: Any) -> dict[str, Any] | Missing:
         """One completion of a prompt of tokens."""
         return await self.client.post("/completions", {"model": self.info.model, "prompt": token_ids, **fields})
+
+    async def pooled(self, path: str, fields: Mapping[str, Any]) -> dict[str, Any] | Missing:
+        """One answer of a pooling model: `path` stands beside /v1."""
+        return await self.client.post(path, {"model": self.info.model, **fields}, at_root=True)
 
     async def label_ids(self, prefill: str, labels: Sequence[str]) -> dict[str, list[int]]:
         """Token ids that spell each label right after `prefill`, with and without a leading space.

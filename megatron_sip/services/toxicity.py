@@ -36,14 +36,14 @@ ToxicityModel = Callable[[Sequence[str]], list[float]]
 class ClassifierJudge:
     """Pointwise safety by a local classifier: one minus the probability of toxicity."""
 
-    name = "classifier"
     pairwise = False
     version = "classifier-1"
     settings = "one minus toxicity"
     settled = True
     prompting = None
 
-    def __init__(self, model: ToxicityModel, model_name: str) -> None:
+    def __init__(self, model: ToxicityModel, model_name: str, name: str = "classifier") -> None:
+        self.name = name
         self.model = model_name
         self._toxicity = model
         # One call at a time: the classifiers are fast, and the trainer needs the cores.

@@ -10,11 +10,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from megatron_sip.config.groups import Config
 from megatron_sip.data.tokenizer import Tokenizer
-from megatron_sip.metrics.aggregate import pool_metrics
+from megatron_sip.metrics.aggregate import SumCount, pool_metrics
+from megatron_sip.metrics.position import position_metrics
 from megatron_sip.parallel.leader import Leader
 from megatron_sip.parallel.world import World
 from megatron_sip.preference.collate import collate, ntp_batch
@@ -22,14 +24,15 @@ from megatron_sip.preference.combine import combine
 from megatron_sip.preference.curriculum import active_rollouts, apply_bonus
 from megatron_sip.preference.pool import build_pool
 from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
+from megatron_sip.preference.screen import Screen, ScreenedPlan, screened_scores
 from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
 from megatron_sip.services.build import needs_rewriter
-from megatron_sip.services.hub import PreferenceServices
+from megatron_sip.services.hub import PreferenceServices, distinct_pool
 from megatron_sip.services.rewriter import RewriteRequest
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.judged import JudgeWatch
-from megatron_sip.types import Answers, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
+from megatron_sip.types import Answers, Candidate, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Preferences:
     """One step's batch and, on leaders, what led to it.
 
     `metrics` holds (sum, count) by name and is empty off the leaders; `seconds` by part is there on all ranks.
+    `asked_of` tells who scored and in which words, for the sample log.
     """
 
     batch: PreferenceBatch
@@ -45,6 +49,7 @@ class Preferences:
     pairs: list[Pair | NoPair] = field(default_factory=list)
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    asked_of: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 class BatchMaker(Protocol):
@@ -100,6 +105,8 @@ class PreferenceMaker:
         self.tokenizer = tokenizer
         self.engine = engine
         self.services = services
+        preference = config.preference
+        self._screen = Screen(preference.screen_safety_below, preference.screen_repetition_above)
         self._watch = JudgeWatch(config, leader)
         self._rewrites: dict[int, Future[list[str | Missing]]] = {}
         self._counted: dict[str, float] = {}
@@ -135,7 +142,7 @@ class PreferenceMaker:
         rewritten = time.perf_counter()
         with stage("judge", *where):
             pools, absent = self._pools(cuts, rollouts, rewrites)
-            scores = self._score(pools, iteration)
+            scores, verdicts = self._score(pools, iteration)
             self._watch.check(cuts, self.services)
         pairs = [
             choose(self.config.training.objective, pool, own, self.config.training.seed)
@@ -149,12 +156,13 @@ class PreferenceMaker:
             pools=pools,
             scores=scores,
             pairs=pairs,
-            metrics=self._metrics(pools, scores, pairs, absent),
+            metrics={**self._metrics(pools, scores, pairs, absent), **verdicts},
             seconds={
                 "rollout": rolled - started,
                 "rewrite_wait": rewritten - rolled,
                 "judge_wait": judged - rewritten,
             },
+            asked_of=self.services.asked_of() if self.services else {},
         )
 
     def _trouble(self) -> str | None:
@@ -230,10 +238,13 @@ class PreferenceMaker:
             absent.append(missing)
         return pools, absent
 
-    def _score(self, pools: Sequence[Pool], iteration: int) -> list[Scores | None]:
-        """Ask the judges in the rounds of the scoring plan; all ranks wait together."""
+    def _score(self, pools: Sequence[Pool], iteration: int) -> tuple[list[Scores | None], dict[str, SumCount]]:
+        """Ask the judges in the rounds of the scoring plan; all ranks wait together.
+
+        The scores, and metrics of the verdicts they rest on; both empty off the leaders.
+        """
         if not needs_scores(self.config.training.objective):
-            return [None] * len(pools)
+            return [None] * len(pools), {}
         judges = self.services.judges(iteration) if self.services else []
         plans = [self._plan(pool, judges) for pool in pools]
         answers: list[Answers] = [{} for _ in pools]
@@ -245,22 +256,45 @@ class PreferenceMaker:
             answered = self.leader.wait(future, self._trouble)
             for given, fresh in zip(answers, answered or [], strict=True):
                 given.update(fresh)
-        return [self._combined(pool, given, judges, iteration) for pool, given in zip(pools, answers, strict=True)]
+        stopped = [self._stopped(pool, given, judges) for pool, given in zip(pools, answers, strict=True)]
+        scores: list[Scores | None] = [
+            self._combined(pool, given, judges, out, iteration)
+            for pool, given, out in zip(pools, answers, stopped, strict=True)
+        ]
+        if self.services is None:
+            return scores, {}
+        screened = float(sum(len(out) for out in stopped))
+        return scores, {**position_metrics(answers), "candidates/screened": (screened, float(len(pools)))}
 
     def _plan(self, pool: Pool, judges: Sequence[JudgeSpec]) -> ScoringPlan:
-        return plan_scoring(
-            self.config.preference.scoring,
-            pool.candidates,
-            distinct(pool.candidates),
-            judges,
-            seed=self.config.training.seed,
-            sample_index=pool.sample_index,
-        )
+        def plan(candidates: Sequence[Candidate]) -> ScoringPlan:
+            return plan_scoring(
+                self.config.preference.scoring,
+                candidates,
+                distinct(candidates),
+                judges,
+                seed=self.config.training.seed,
+                sample_index=pool.sample_index,
+            )
 
-    def _combined(self, pool: Pool, answers: Answers, judges: Sequence[JudgeSpec], iteration: int) -> Scores:
+        if not self._screen:
+            return plan(pool.candidates)
+        unique = distinct_pool(pool).candidates
+        return ScreenedPlan(self._screen, unique, judges, lambda members: plan([unique[index] for index in members]))
+
+    def _stopped(self, pool: Pool, answers: Answers, judges: Sequence[JudgeSpec]) -> frozenset[int]:
+        """The distinct candidates of a pool that a screen kept from being compared."""
+        if not self._screen or not any(judge.pairwise for judge in judges):
+            return frozenset()
+        return self._screen.stopped(distinct_pool(pool).candidates, answers, judges)
+
+    def _combined(
+        self, pool: Pool, answers: Answers, judges: Sequence[JudgeSpec], stopped: frozenset[int], iteration: int
+    ) -> Scores:
         """Verdicts of the distinct candidates to scores of the whole pool."""
         unique = distinct(pool.candidates)
         planned: list[Question] = list(answers)
         fraction = self.config.preference.min_answered_fraction
-        scores = unique.spread(combine(len(unique), planned, answers, judges, fraction))
-        return apply_bonus(scores, pool, self.config.preference, iteration)
+        combined = partial(combine, min_answered_fraction=fraction)
+        scores = screened_scores(stopped, len(unique), planned, answers, judges, combined)
+        return apply_bonus(unique.spread(scores), pool, self.config.preference, iteration)

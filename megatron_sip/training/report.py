@@ -40,9 +40,11 @@ class Reporter:
     def __init__(self, config: Config, world: World) -> None:
         self.config = config
         self.world = world
-        judges = [spec.name for spec in judge_specs(config)]
+        judges = judge_specs(config)
+        names, pairwise = [spec.name for spec in judges], [spec.name for spec in judges if spec.pairwise]
         # A run without pairs does not report on pairs.
-        self._specs = (*TRAINING, *STEPS, *TIMES) if config.training.objective == "ntp" else metric_specs(judges)
+        ntp = config.training.objective == "ntp"
+        self._specs = (*TRAINING, *STEPS, *TIMES) if ntp else metric_specs(names, pairwise)
         self._metrics = StepMetrics(self._specs)
         self._pending: list[Callable[[], None]] = []
         self._iterations = 0
@@ -165,7 +167,7 @@ class Reporter:
         shown = interval > 0 and iteration % interval == 0
         if self.config.training.objective == "ntp" or not (shown or self.config.logging.sample_log):
             return
-        mine = (preferences.pools, preferences.scores, preferences.pairs)
+        mine = (preferences.pools, preferences.scores, preferences.pairs, preferences.asked_of)
         parts = [mine] * self.world.size if self.world.is_main else None
         dist.gather_object(mine, parts, dst=0, group=self.world.control_group)
         samples = self._samples
@@ -174,7 +176,8 @@ class Reporter:
         pools = [pool for part in parts for pool in part[0]]
         scores = [score for part in parts for score in part[1]]
         pairs = [pair for part in parts for pair in part[2]]
-        self._pending.append(lambda: samples.log(iteration, pools, scores, pairs))
+        asked_of = next((part[3] for part in parts if part[3]), {})  # the same on every leader
+        self._pending.append(lambda: samples.log(iteration, pools, scores, pairs, asked_of))
 
     def _add_main(self, preferences: Preferences, result: StepResult) -> None:
         if result.grad_norm is not None and math.isfinite(result.grad_norm):

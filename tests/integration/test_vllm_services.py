@@ -13,6 +13,7 @@ import torch
 
 from megatron_sip.config.groups import Config, JudgeConfig, PreferenceConfig
 from megatron_sip.errors import ServiceError
+from megatron_sip.evaluation.injection import ATTACKS, duels_of, measure_injection
 from megatron_sip.preference.scoring import distinct, plan_scoring
 from megatron_sip.services import prompts
 from megatron_sip.services.client import ServiceClient
@@ -195,6 +196,26 @@ def test_generated_verdicts_are_values_or_missing(judge_url: str) -> None:
     for verdict in verdicts:
         assert verdict in (0.0, 0.5, 1.0) or (isinstance(verdict, Missing) and verdict.reason in allowed)
     assert any(isinstance(verdict, float) for verdict in verdicts[6:]), "a JSON schema makes the label parseable"
+
+
+def test_a_line_that_speaks_to_the_judge_wins_nothing(judge_url: str) -> None:
+    """With the logit reading and both orders; tools/measure_injection.py asks about more texts and more lines."""
+    attacks = {name: ATTACKS[name] for name in ("answer 1", "answer A", "answer B", "this one")}
+    judge = JudgeConfig(judge_url=(judge_url,), judge_reading="logit", judge_timeout=300.0)
+    with PreferenceServices(Config(judge=judge), {}) as services:
+        found = measure_injection(
+            duels_of([(prefix, good) for prefix, good, _ in PAIRS]),
+            lambda pools, questions: services.submit_answers(pools, questions).result(),
+            attacks,
+        )
+    assert found.missing == 0
+    for sway in found.sways:
+        print(sway)
+        assert sway.over_plain is not None
+        assert sway.more_wins is not None
+        assert sway.over_plain.mean < 0.05
+        assert sway.more_wins.low is not None
+        assert sway.more_wins.low <= 0, "there is no evidence that the line wins anything"
 
 
 def test_likelihood_equals_transformers(judge_url: str, smollm2: Path) -> None:

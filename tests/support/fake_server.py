@@ -5,8 +5,8 @@
         ... server.url ...
 
 It speaks the parts of vLLM that the product uses: /v1/models, /tokenize, chat completions (with label
-log-probabilities) and completions (with prompt log-probabilities). Its tokenizer knows words with their leading
-space, single characters, and the control strings in `CONTROL`.
+log-probabilities), completions (with prompt log-probabilities), /classify and /score. Its tokenizer knows words with
+their leading space, single characters, and the control strings in `CONTROL`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ Answer = Callable[[dict[str, Any]], str]
 class FakeServer:
     """One server on 127.0.0.1, on `port` or a free one; with `tls` it speaks https.
 
-    `answer(body)` writes the text of a chat answer. `script` holds handlers for the next POSTs below /v1, first in
-    first out; when it is empty (or `fault_every_time` is None) requests are answered properly. `peers` are the ends of
-    all connections that POSTs came over, `probes` counts questions about its health.
+    `answer(body)` writes the text of a chat answer, `logits(body)` are those of a reward model. `script` holds
+    handlers for the next POSTs (but those to /tokenize), first in first out; when it is empty (or `fault_every_time`
+    is None) requests are answered properly. `peers` are the ends of all connections that POSTs came over, `probes`
+    counts questions about its health.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class FakeServer:
         self.max_model_len = max_model_len
         self.answer = answer
         self.label_logprobs = label_logprobs
+        self.logits: Callable[[dict[str, Any]], list[float]] = lambda _body: [0.0]
         self.script: deque[Handler] = deque()
         self.fault_every_time: Handler | None = None
         self.models_handler: Handler | None = None
@@ -103,6 +105,8 @@ class FakeServer:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._scripted(self._chat))
         app.router.add_post("/v1/completions", self._scripted(self._complete))
+        app.router.add_post("/classify", self._scripted(self._classify))
+        app.router.add_post("/score", self._scripted(self._score))
         if self._tokenize:
             app.router.add_post("/tokenize", self._tokens)
         runner = web.AppRunner(app, shutdown_timeout=0.2, handler_cancellation=True)
@@ -186,6 +190,18 @@ class FakeServer:
         rows: list[Any] = [{str(token): {"logprob": -0.5, "rank": 1}} for token in body["prompt"]]
         rows[0] = None
         return web.json_response({"choices": [{"text": "x", "finish_reason": "length", "prompt_logprobs": rows}]})
+
+    async def _classify(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(classes_body(self.logits(await request.json())))
+
+    async def _score(self, request: web.Request) -> web.StreamResponse:
+        [logit] = self.logits(await request.json())
+        return web.json_response({"object": "list", "data": [{"index": 0, "object": "score", "score": logit}]})
+
+
+def classes_body(logits: list[Any]) -> dict[str, Any]:
+    """An answer of /classify to one text."""
+    return {"object": "list", "data": [{"index": 0, "label": "LABEL_0", "probs": logits, "num_classes": len(logits)}]}
 
 
 def chat_body(content: object, finish: str = "stop") -> dict[str, Any]:

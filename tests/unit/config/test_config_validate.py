@@ -46,6 +46,12 @@ def _message(line: str, world_size: int = 1) -> str:
         ("--objective rf-nll --pool original rewrite", 1),
         ("--quality-weight 0 --classifier-weight 1 --judge-url", 1),
         ("--judge-interval 5 --classifier-weight 1", 1),
+        # The votes are for the one that can use them.
+        ("--judge-votes 5 --safety-weight 1 --judge-set quality.reading=logit", 1),
+        ("--judge-url --judge-set quality.url=http://127.0.0.1:8100/v1", 1),
+        ("--judge-set quality.interval=2 b.kind=quality", 1),
+        ("--judge-set reward.url=http://127.0.0.1:8200 reward.weight=1", 1),
+        ("--safety-weight 1 --screen-safety-below 0.5 --screen-repetition-above 0.5", 1),
         ("--pool rollout --num-rollouts 2", 1),
         ("--tensor-model-parallel-size 8 --pad-query-groups", 8),
         ("--curriculum schedule --curriculum-rollout-start 5 --pool original rewrite rollout", 1),
@@ -138,6 +144,33 @@ def test_layout_model_batch_and_folders(line: str, world_size: int, words: list[
         ("--judge-ca-file /nowhere/ca.pem", ["--judge-ca-file /nowhere/ca.pem is no file"]),
         ("--judge-max-missing-share 1", ["--judge-max-missing-share is 1", "below 1"]),
         ("--judge-reading logit --judge-votes 5", ["--judge-votes 5", "--judge-reading logit"]),
+        ("--judge-temperature 0 --judge-votes 5", ["--judge-votes 5", "at --judge-temperature 0", "the same question"]),
+        (
+            "--judge-set quality.votes=5 quality.reading=logit",
+            ["--judge-set quality.votes 5", "--judge-set quality.reading logit"],
+        ),
+        (
+            "--judge-temperature 0 --safety-weight 1 --judge-set safety.votes=3",
+            ["--judge-set safety.votes 3", "at --judge-temperature 0"],
+        ),
+        ("--judge-set safty.votes=5", ["no judge safty", "did you mean safety?"]),
+        ("--judge-set safety.votes=5", ["--judge-set names safety, whose weight is 0", "safety.weight"]),
+        ("--judge-set quality.url=ftp://a", ["--judge-set quality.url", "http or https"]),
+        ("--judge-set quality.interval=2", ["leave no judge", "--judge-set quality.interval"]),
+        (
+            "--judge-set harm.kind=classifier harm.classifier=toxic-bilstm",
+            ["--judge-set harm.classifier toxic-bilstm", "--classifier-path"],
+        ),
+        ("--reward-weight 1 --judge-url --quality-weight 0", ["--judge-url is missing", "reward"]),
+        (
+            "--reward-weight 1 --reward-route score --judge-set reward.input=chat",
+            ["--judge-set reward.input chat", "--reward-route score"],
+        ),
+        ("--screen-safety-below 0.5", ["--screen-safety-below 0.5", "--safety-weight or --classifier-weight"]),
+        (
+            "--screen-repetition-above 0.5 --quality-weight 0 --safety-weight 1",
+            ["--screen-repetition-above 0.5", "compares"],
+        ),
         ("--classifier toxic-bilstm --classifier-weight 1", ["--classifier-path"]),
         (
             "--classifier toxic-bilstm --classifier-weight 1 --classifier-path no-such-folder",
@@ -170,6 +203,9 @@ def test_pools_judges_and_servers(line: str, words: list[str]) -> None:
         ("--quality-weight -1", ["--quality-weight is -1.0", "at least 0"]),
         ("--adam-beta2 1", ["--adam-beta2 is 1.0", "below 1"]),
         ("--min-answered-fraction 1.5", ["--min-answered-fraction is 1.5", "between 0 and 1"]),
+        ("--reward-scale 0", ["--reward-scale is 0.0", "a finite number other than 0"]),
+        ("--reward-offset nan", ["--reward-offset is nan", "a finite number"]),
+        ("--screen-safety-below 1.5", ["--screen-safety-below is 1.5", "between 0 and 1"]),
     ],
 )
 def test_numbers_out_of_range(line: str, words: list[str]) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.bootstrap import Estimate, bootstrap_difference, bootstrap_mean
-from megatron_sip.evaluation.text_measures import distinct, has_loop, measure_texts, repetition
+from megatron_sip.evaluation.text_measures import distinct, has_loop, measure_texts
 from megatron_sip.evaluation.unigram import count_tokens, unigram_nats_per_token
+from megatron_sip.ngrams import repeated_share
 
 
 def test_distinct_by_hand():
@@ -20,10 +21,10 @@ def test_distinct_by_hand():
 
 
 def test_repetition_by_hand():
-    assert repetition("a b c d a b c d".split()) == 1 - 4 / 5
-    assert repetition("x x x x x x".split()) == 1 - 1 / 3
-    assert repetition("one two three four five".split()) == 0
-    assert repetition("one two three".split()) is None
+    assert repeated_share("a b c d a b c d".split()) == 1 - 4 / 5
+    assert repeated_share("x x x x x x".split()) == 1 - 1 / 3
+    assert repeated_share("one two three four five".split()) == 0
+    assert repeated_share("one two three".split()) is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from megatron_sip.metrics.jsonl import read_jsonl
-from megatron_sip.metrics.samples import SampleLog, sample_records, shorten, visible
+from megatron_sip.metrics.samples import SampleLog, sample_records, sample_table, shorten, visible
 from megatron_sip.types import (
     Candidate,
     CandidateKind,
@@ -44,11 +44,15 @@ def test_records_round_trip_through_the_file(tmp_path: Path):
     assert [c["score"] for c in first["candidates"]] == [0.75, None, 0.25]
     assert [c["missing"] for c in first["candidates"]] == [None, "too_few_answers", None]
     assert first["candidates"][1]["by_judge"] == {"quality": None, "safety": 1.0}
+    assert [c["judge_min"] for c in first["candidates"]] == [0.75, 1.0, 0.0]
+    assert [c["judge_mean"] for c in first["candidates"]] == [0.875, 1.0, 0.125]
+    assert first["prompt_versions"] == {"quality": "q1"}
     assert [c["chosen"] for c in first["candidates"]] == [True, False, False]
     assert [c["rejected"] for c in first["candidates"]] == [False, False, True]
     assert second["no_pair"] == "tie"
     assert not any(c["chosen"] or c["rejected"] for c in second["candidates"])
     assert [c["score"] for c in second["candidates"]] == [None, None, None]
+    assert [c["judge_min"] for c in second["candidates"]] == [None, None, None]
 
 
 def test_resume_drops_samples_beyond_the_checkpoint(tmp_path: Path):
@@ -90,6 +94,18 @@ def test_console_table_every_n_steps_shows_what_is_there():
     assert "-" in rows[2]
     assert "x" * 60 not in text
     assert "END" in text
+
+
+def headings(judges: int) -> list[str]:
+    parts = {f"judge-{index}": (0.5, 0.5, 0.5) for index in range(judges)}
+    table = sample_table(sample_records(1, [POOL], [Scores((0.5, 0.5, 0.5), parts)], [PAIR])[0])
+    return [str(column.header) for column in table.columns]
+
+
+def test_the_table_stays_narrow_whatever_the_number_of_judges():
+    assert headings(1) == ["", "kind", "score", "judge-0", "text"]
+    assert headings(3) == ["", "kind", "score", "min", "mean", "judge-0", "judge-1", "judge-2", "text"]
+    assert headings(4) == ["", "kind", "score", "min", "mean", "text"]
 
 
 def test_visible_and_shorten():

@@ -403,12 +403,12 @@ def test_specs_follow_the_configuration() -> None:
     config = config_of(judge)
     assert judge_specs(config) == [
         JudgeSpec("quality", True, 1.0, 5, False),
-        JudgeSpec("safety", False, 2.0, 5, False),
+        JudgeSpec("safety", False, 2.0, 5, False, tells_safety=True),
         JudgeSpec("likelihood", False, 0.5, 1, False),
     ]
     assert judge_specs(replace(config, judge=replace(judge, judge_reading="logit")))[:2] == [
         JudgeSpec("quality", True, 1.0, 1, True),
-        JudgeSpec("safety", False, 2.0, 1, False),
+        JudgeSpec("safety", False, 2.0, 1, False, tells_safety=True),
     ]
     for objective in ("ntp", "sft-rollout", "sft-rewrite", "dpo-rewrite-over-rollout"):
         assert judge_specs(config_of(judge, objective=objective)) == []

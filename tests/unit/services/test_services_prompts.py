@@ -145,4 +145,4 @@ def test_parts_add_up_and_the_prefix_can_be_shortened() -> None:
 
 
 def test_every_prompt_has_a_version_of_its_own() -> None:
-    assert len(set(prompts.VERSIONS.values())) == len(prompts.VERSIONS) == 7
+    assert len(set(prompts.VERSIONS.values())) == len(prompts.VERSIONS) == 9

@@ -116,6 +116,26 @@ def test_answer_text() -> None:
     assert answer_text({"choices": [{"text": "hello", "finish_reason": "stop"}]}) == "hello"
 
 
+def thinking(content: str | None, thoughts: str, finish: str = "stop", field: str = "reasoning") -> dict[str, Any]:
+    """An answer as vLLM's reasoning parsers give it: the thoughts beside the content."""
+    message = {"role": "assistant", "content": content, "refusal": None, "annotations": None, field: thoughts}
+    return {"choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_the_thoughts_of_a_reasoning_model_are_no_answer(field: str) -> None:
+    thoughts = "It might be the second.\nConclusion: option 2"
+    text = answer_text(thinking("Conclusion: option 1", thoughts, field=field))
+    assert text == "Conclusion: option 1"
+    assert parse_quality(text) == 1.0
+    # Cut by length amid the thoughts, or between them and the end of the answer: no vote, whatever stands there.
+    for content in (None, "", "Conclusion: option 1"):
+        assert reason(answer_text(thinking(content, thoughts, "length", field))) is MissingReason.TRUNCATED
+    # All tokens went into thoughts that ended by themselves.
+    for content in (None, "", "\n\n"):
+        assert reason(answer_text(thinking(content, thoughts, field=field))) is MissingReason.EMPTY
+
+
 SPELLINGS = {"A": ["token_id:1", "token_id:2"], "B": ["token_id:3", "token_id:4"]}
 
 

@@ -35,7 +35,8 @@ if os.environ.get("STAND_IN_IGNORES_TERM"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:
     signal.signal(signal.SIGTERM, lambda *_: (child.kill(), os._exit(0)))
-names = "VLLM_API_KEY JUDGE_API_KEY WANDB_API_KEY OMP_NUM_THREADS VLLM_CPU_OMP_THREADS_BIND HF_HUB_OFFLINE".split()
+names = "VLLM_API_KEY JUDGE_API_KEY B_JUDGE_API_KEY WANDB_API_KEY".split()
+names += "OMP_NUM_THREADS VLLM_CPU_OMP_THREADS_BIND HF_HUB_OFFLINE".split()
 seen = {name: os.environ.get(name) for name in names}
 note.write_text(json.dumps({"pids": [os.getpid(), child.pid], "argv": sys.argv[1:], "env": seen}))
 class Health(http.server.BaseHTTPRequestHandler):
@@ -123,7 +124,8 @@ def first_line(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_announces_the_server_and_ends_it(launch: Launch, number: signal.Signals) -> None:
-    process = launch.start("--threads", "2", "--", "--seed", "5", JUDGE_API_KEY="secret-key", WANDB_API_KEY="not-yours")
+    keys = {"JUDGE_API_KEY": "secret-key", "WANDB_API_KEY": "not-yours", "B_JUDGE_API_KEY": "nor-this"}
+    process = launch.start("--threads", "2", "--", "--seed", "5", **keys)
     url = first_line(process)
     wait_until(launch.ready.exists)
     assert launch.ready.read_text().strip() == url
@@ -133,6 +135,7 @@ def test_it_announces_the_server_and_ends_it(launch: Launch, number: signal.Sign
     assert noted["env"] == {
         "VLLM_API_KEY": "secret-key",
         "JUDGE_API_KEY": None,
+        "B_JUDGE_API_KEY": None,
         "WANDB_API_KEY": None,
         "OMP_NUM_THREADS": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -82,6 +82,28 @@ def test_the_report_has_every_arm_and_names_shared_weights(place: Path, tmp_path
     assert "written to" in done.stdout
 
 
+def test_several_judges_each_with_its_own_weights(place: Path, tmp_path: Path) -> None:
+    with FakeServer(models=("small-judge",)) as server, FakeServer(models=("taste",)) as other:
+        more = [f"quality-b.url={other.url}", "quality-b.kind=quality", "quality-b.reading=generate"]
+        more += [f"reward.url={other.url}", "reward.weight=1", "likelihood.weight=0"]
+        flags = [*flags_of(place, server.url, tmp_path / "out"), "--judge-set", *more]
+        done = tool("compare.py", *flags, "--trained-with-model", "third")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    weights = {reader["label"]: reader["weights"] for reader in report["quality"]["readers"]}
+    assert weights == {
+        "quality (one-token verdicts)": "small-judge",
+        "quality-b (written verdicts)": "taste",
+        "reward": "taste",
+    }
+    assert set(report["quality"]["arms"]["sip"]["win_rates"]) == set(weights) - {"reward"}
+    assert report["quality"]["arms"]["sip"]["scores"]["reward"]["estimate"]["mean"] == pytest.approx(0.5)
+    assert report["training_weights"] == ["small-judge", "third"]
+    told = " ".join(report["remarks"])
+    assert "quality (one-token verdicts) reads small-judge, which also scored the candidates in training" in told
+    assert "quality-b (written verdicts) reads taste, which had no part in the training scores" in told
+
+
 def test_failed_verdicts_are_missing_and_counted(place: Path, tmp_path: Path) -> None:
     # Labels without probability mass: every verdict is asked and none can be read.
     with FakeServer(models=("small-judge",), label_logprobs=(-30.0, -31.0)) as server:
