@@ -17,11 +17,13 @@ from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.metrics.aggregate import pool_metrics
 from megatron_sip.parallel.leader import Leader
 from megatron_sip.parallel.world import World
+from megatron_sip.preference.adaptive import adaptive_settings
 from megatron_sip.preference.collate import collate, ntp_batch
 from megatron_sip.preference.combine import combine
 from megatron_sip.preference.curriculum import active_rollouts, apply_bonus
+from megatron_sip.preference.fitted import scores_for
 from megatron_sip.preference.pool import build_pool
-from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
+from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, next_rounds, plan_scoring
 from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
 from megatron_sip.services.build import needs_rewriter
@@ -233,7 +235,7 @@ class PreferenceMaker:
         plans = [self._plan(pool, judges) for pool in pools]
         answers: list[Answers] = [{} for _ in pools]
         while True:
-            questions = [plan.next_round(given) for plan, given in zip(plans, answers, strict=True)]
+            questions = next_rounds(plans, answers)
             if not self.leader.any(any(questions)):
                 break
             future = self.services.submit_answers(pools, questions) if self.services else None
@@ -250,12 +252,13 @@ class PreferenceMaker:
             judges,
             seed=self.config.training.seed,
             sample_index=pool.sample_index,
+            adaptive=adaptive_settings(self.config.preference),
         )
 
     def _combined(self, pool: Pool, answers: Answers, judges: Sequence[JudgeSpec], iteration: int) -> Scores:
         """Verdicts of the distinct candidates to scores of the whole pool."""
         unique = distinct(pool.candidates)
         planned: list[Question] = list(answers)
-        fraction = self.config.preference.min_answered_fraction
-        scores = unique.spread(combine(len(unique), planned, answers, judges, fraction))
+        fraction, pairwise = self.config.preference.min_answered_fraction, scores_for(self.config.preference.scoring)
+        scores = unique.spread(combine(len(unique), planned, answers, judges, fraction, pairwise))
         return apply_bonus(scores, pool, self.config.preference, iteration)
