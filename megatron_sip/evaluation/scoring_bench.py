@@ -1,0 +1,174 @@
+"""The scenarios in which scoring plans are measured, and the tables and curves of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.table import Table
+
+from megatron_sip.evaluation.line_plot import Line, Panel
+from megatron_sip.evaluation.scoring_plans import (
+    Outcome,
+    Plan,
+    adaptive,
+    every_pair,
+    knockout,
+    pivot,
+    random_pairs,
+    share,
+)
+from megatron_sip.evaluation.simulated_judge import JudgeModel, SimulatedJudge
+from megatron_sip.preference.adaptive import AdaptiveSettings
+
+POOL = 17
+CURVE_BUDGETS = (34, 51, 68, 102, 136, 204, 272, 408)
+CURVE_ROUNDS = (1, 2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A kind of judge, what the adaptive plan may spend on a pool, and the share of the margin it must reach."""
+
+    name: str
+    model: JudgeModel
+    settings: AdaptiveSettings
+    size: int = POOL
+    target: float | None = None
+
+
+def _settings(rounds: int, budget: int | None) -> AdaptiveSettings:
+    return AdaptiveSettings(rounds=rounds, budget=budget)
+
+
+TARGETS = (
+    Scenario("75 %", JudgeModel(0.75), _settings(4, 136), target=0.95),
+    Scenario("90 %", JudgeModel(0.90), _settings(3, 96), target=0.99),
+    Scenario("65 %", JudgeModel(0.65), _settings(4, 272), target=0.95),
+    Scenario("75 %, same answer again", JudgeModel(0.75, repeats_itself=True), _settings(4, 136), target=0.95),
+    Scenario("75 %, intransitive (sd 1)", JudgeModel(0.75, pair_sd=1.0), _settings(4, 136), target=0.91),
+    Scenario("75 %, position bias (1.5)", JudgeModel(0.75, bias=1.5), _settings(4, 136), target=0.91),
+)
+"""What has to hold."""
+
+REPORTED = (
+    Scenario("75 %, 10 % missing", JudgeModel(0.75, missing=0.1), _settings(4, 136)),
+    Scenario("65 %, probabilities", JudgeModel(0.65, probabilities=True), _settings(4, 136)),
+    Scenario("75 %, probabilities", JudgeModel(0.75, probabilities=True), _settings(4, 136)),
+    Scenario("90 %, probabilities", JudgeModel(0.90, probabilities=True), _settings(4, 136)),
+    Scenario(
+        "75 %, probabilities, intransitive (sd 1)",
+        JudgeModel(0.75, probabilities=True, pair_sd=1.0),
+        _settings(4, 136),
+    ),
+    Scenario(
+        "75 %, probabilities, bias (1.5), 10 % missing",
+        JudgeModel(0.75, probabilities=True, bias=1.5, missing=0.1),
+        _settings(4, 136),
+    ),
+    *(Scenario(f"75 %, pool of {size}", JudgeModel(0.75), _settings(4, None), size) for size in (2, 3, 5, 9, 18)),
+)
+"""Told beside it; pools of other sizes with the default budget."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan in one scenario: share of the reference's margin with its standard error, mean calls, most rounds."""
+
+    scenario: str
+    plan: str
+    share: float
+    error: float
+    calls: float
+    rounds: float
+    target: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None without one."""
+        return None if self.target is None else self.share >= self.target
+
+
+def judges_for(scenario: Scenario, pools: int, seed: int) -> tuple[SimulatedJudge, SimulatedJudge]:
+    """The judge, and the same one as the reference asks it: votes, afresh each time, none missing."""
+    plain = replace(scenario.model, repeats_itself=False, probabilities=False, missing=0.0)
+    make = SimulatedJudge
+    return make(scenario.model, pools, scenario.size, seed), make(plain, pools, scenario.size, seed)
+
+
+def measure(scenario: Scenario, pools: int, seed: int, *, only_adaptive: bool = False) -> list[Row]:
+    """The adaptive plan and those it is compared with; all pairs x 5 votes (680 calls for 17) is the measure of 1."""
+    judge, plain = judges_for(scenario, pools, seed)
+    reference = every_pair(5)(plain)
+    outcome = adaptive(scenario.settings)(judge)
+    rows = [_row(scenario, "adaptive", outcome, reference, scenario.target)]
+    if not only_adaptive:
+        budget = round(float(outcome.calls.max()))
+        others: dict[str, Plan] = {
+            "random pairs, fitted": random_pairs(budget),
+            "all pairs x 5": every_pair(5),
+            "all pairs": every_pair(1),
+            "knockout": knockout(),
+            "pivot": pivot(),
+        }
+        rows += [_row(scenario, name, plan(judge), reference, None) for name, plan in others.items()]
+    return rows
+
+
+def _row(scenario: Scenario, plan: str, outcome: Outcome, reference: Outcome, target: float | None) -> Row:
+    found, error = share(outcome, reference)
+    calls, rounds = float(outcome.calls.mean()), float(outcome.rounds.max())
+    return Row(scenario.name, plan, found, error, calls, rounds, target)
+
+
+def curves(pools: int, seed: int, told: Callable[[str], None]) -> tuple[list[Row], list[Panel]]:
+    """Share of the margin against calls and against rounds at a vote rate of 75 %, never stopping early."""
+    judge, plain = judges_for(TARGETS[0], pools, seed)
+    reference = every_pair(5)(plain)
+    rows: list[Row] = []
+
+    def point(name: str, plan: Plan) -> Row:
+        told(name)
+        rows.append(_row(TARGETS[0], name, plan(judge), reference, None))
+        return rows[-1]
+
+    def full(rounds: int, budget: int) -> Plan:
+        return adaptive(AdaptiveSettings(rounds=rounds, budget=budget, confidence=1.0))
+
+    lines = [
+        Line("adaptive, 4 rounds", _by_calls(point(f"adaptive {b} calls", full(4, b)) for b in CURVE_BUDGETS)),
+        Line("random pairs, fitted", _by_calls(point(f"random {b} calls", random_pairs(b)) for b in CURVE_BUDGETS)),
+        Line("all pairs, 1 to 5 votes", _by_calls(point(f"all pairs x {v}", every_pair(v)) for v in (1, 2, 3, 5))),
+        Line("knockout", _by_calls([point("knockout", knockout())])),
+        Line("pivot", _by_calls([point("pivot", pivot())])),
+    ]
+    by_rounds = [point(f"adaptive {r} rounds", full(r, 136)) for r in CURVE_ROUNDS]
+    rounds = Line("adaptive, 136 calls", tuple((row.rounds, 100 * row.share) for row in by_rounds))
+    unit = "share of the margin of 680 calls, %"
+    return rows, [
+        Panel("Margin against calls, judge right in 75 %", "calls a pool", unit, tuple(lines), (50.0, 100.0), True),
+        Panel("Margin against rounds, judge right in 75 %", "rounds", unit, (rounds,), (85.0, 100.0)),
+    ]
+
+
+def _by_calls(rows: Iterator[Row] | Sequence[Row]) -> tuple[tuple[float, float], ...]:
+    return tuple((row.calls, 100 * row.share) for row in rows)
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """One line a plan."""
+    shown = Table(title=title, title_justify="left")
+    for head in ("judge", "plan", "calls", "rounds", "share, %", "s.e.", "target, %", "met"):
+        shown.add_column(head, justify="left" if head in ("judge", "plan") else "right")
+    for row in rows:
+        goal = "" if row.target is None else f"{100 * row.target:.0f}"
+        met = {None: "", True: "yes", False: "NO"}[row.met]
+        figures = (f"{row.calls:.1f}", f"{row.rounds:.0f}", f"{100 * row.share:.1f}", f"{100 * row.error:.1f}")
+        shown.add_row(row.scenario, row.plan, *figures, goal, met)
+    return shown
+
+
+def as_json(rows: Sequence[Row], pools: int, seed: int) -> dict[str, Any]:
+    """What was measured, for a file."""
+    return {"pools": pools, "seed": seed, "rows": [{**asdict(row), "met": row.met} for row in rows]}
