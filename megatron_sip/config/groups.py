@@ -208,7 +208,7 @@ class PreferenceConfig:
     adaptive_repeats: int = 5
     """Most answers of --scoring adaptive to one question in the same option order; a judge at temperature 0 and one
     read by logit is asked once whatever this says."""
-    adaptive_confidence: float = 0.95
+    adaptive_confidence: float = 0.9
     """--scoring adaptive stops asking about an end of the pool whose candidate it is so sure of; 1: only at 1."""
     beta: float = 0.1
     """Strength of the DPO constraint."""

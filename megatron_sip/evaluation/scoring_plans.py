@@ -11,16 +11,17 @@ import numpy as np
 
 from megatron_sip.evaluation.simulated_judge import SimulatedJudge
 from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings, plan_together
-from megatron_sip.preference.bradley_terry import AnswerKind, Array
+from megatron_sip.preference.bradley_terry import AnswerKind, Array, fit
 from megatron_sip.preference.combine import combine, mean_scores
 from megatron_sip.preference.draw import Purpose, generator
-from megatron_sip.preference.fitted import FittedScores
-from megatron_sip.preference.scoring import against_pivot, all_pairs
+from megatron_sip.preference.fitted import FittedScores, mean_win_rates, prior_of, tally_of
+from megatron_sip.preference.scoring import against_pivot
 from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.types import Answers, Missing, Question
 
 QUALITY = JudgeSpec("quality", pairwise=True, weight=1.0)
 _FRACTION = 0.5
+_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,24 @@ def adaptive(settings: AdaptiveSettings, repeats: int = QUALITY.repeats) -> Plan
 
 
 def every_pair(votes: int) -> Plan:
-    """Each pair so many times in one round, in a seeded option order; scores are means (the paper's way)."""
+    """Each pair so many times in one round, in one drawn option order; scores are means (the paper's way)."""
 
-    def questions(judge: SimulatedJudge, pool: int) -> list[Question]:
-        spec = JudgeSpec("quality", pairwise=True, weight=1.0, votes=votes)
-        return all_pairs(judge.size, spec, seed=judge.seed, sample_index=pool)
+    def run(judge: SimulatedJudge) -> Outcome:
+        best, worst = np.zeros((2, judge.pools), dtype=np.int64)
+        upper = np.triu(np.ones((judge.size, judge.size), dtype=bool), 1)
+        for pool in range(judge.pools):
+            draws = generator(judge.seed, Purpose.SIMULATED_JUDGE, pool, 5)
+            ahead = draws.random((judge.size, judge.size)) < 0.5
+            asked = (upper & ahead) | (upper & ~ahead).T
+            verdicts = np.where(asked, judge.verdicts(pool, votes), np.nan)
+            both = np.concatenate([verdicts, 1.0 - verdicts.transpose(0, 2, 1)])
+            answered = ~np.isnan(both)
+            scores = np.where(answered, both, 0.0).sum(axis=(0, 2)) / np.maximum(answered.sum(axis=(0, 2)), 1)
+            best[pool], worst[pool] = _ends(scores, judge, pool)
+        calls = np.full(judge.pools, float(votes * upper.sum()))
+        return Outcome(judge.margins(best, worst), calls, np.ones(judge.pools))
 
-    return _one_round(questions, fitted=False)
+    return run
 
 
 def pivot() -> Plan:
@@ -103,7 +115,7 @@ def knockout() -> Plan:
     """A knockout for the best, then one among those who lost their first game for the worst; one vote a game."""
 
     def run(judge: SimulatedJudge) -> Outcome:
-        best, worst = np.zeros(judge.pools, dtype=np.int64), np.zeros(judge.pools, dtype=np.int64)
+        best, worst = np.zeros((2, judge.pools), dtype=np.int64)
         calls, rounds = np.zeros(judge.pools), np.zeros(judge.pools)
         for pool in range(judge.pools):
             draws = generator(judge.seed, Purpose.SIMULATED_JUDGE, pool, 3)
@@ -148,18 +160,36 @@ def _one_round(questions: Callable[[SimulatedJudge, int], list[Question]], fitte
 
 
 def _scored(judge: SimulatedJudge, spec: JudgeSpec, answers: list[Answers], rounds: Array, fitted: bool) -> Outcome:
-    """Best and worst by the scores of `combine`; ties are broken by seed, a candidate without a score is neither."""
-    best, worst = np.zeros(judge.pools, dtype=np.int64), np.zeros(judge.pools, dtype=np.int64)
-    scorer = FittedScores() if fitted else mean_scores
-    for pool, given in enumerate(answers):
-        scores = combine(judge.size, list(given), given, [spec], _FRACTION, scorer)
-        values = np.array([np.nan if isinstance(score, Missing) else score for score in scores.total])
-        jitter = 1e-9 * generator(judge.seed, Purpose.SIMULATED_JUDGE, pool, 4).random(judge.size)
-        if np.isnan(values).all():
-            values[:] = 0.0
-        best[pool], worst[pool] = np.nanargmax(values + jitter), np.nanargmin(values + jitter)
+    """Best and worst by the scores of `combine`."""
+    best, worst = np.zeros((2, judge.pools), dtype=np.int64)
+    for start in range(0, judge.pools, _CHUNK):
+        part = answers[start : start + _CHUNK]
+        whole = fitted and not judge.model.missing
+        scores = _fitted_whole(judge, spec, part) if whole else _combined(judge, spec, part, fitted)
+        for place, own in enumerate(scores):
+            best[start + place], worst[start + place] = _ends(own, judge, start + place)
     calls = np.array([float(len(given)) for given in answers])
     return Outcome(judge.margins(best, worst), calls, rounds)
+
+
+def _combined(judge: SimulatedJudge, spec: JudgeSpec, answers: list[Answers], fitted: bool) -> Array:
+    """`[pools, n]` totals; NaN for a candidate without a score."""
+    scorer = FittedScores() if fitted else mean_scores
+    found = [combine(judge.size, list(given), given, [spec], _FRACTION, scorer).total for given in answers]
+    return np.array([[np.nan if isinstance(score, Missing) else score for score in total] for total in found])
+
+
+def _fitted_whole(judge: SimulatedJudge, spec: JudgeSpec, answers: list[Answers]) -> Array:
+    """What `_combined` gives where every question was answered and everybody was asked about, all pools at once."""
+    tally = tally_of(judge.size, spec, answers)
+    return mean_win_rates(fit(tally, prior_of(spec)), np.ones((len(answers), judge.size)))
+
+
+def _ends(scores: Array, judge: SimulatedJudge, pool: int) -> tuple[int, int]:
+    """Highest and lowest score; ties are broken by seed, and a candidate without a score is neither."""
+    jitter = 1e-9 * generator(judge.seed, Purpose.SIMULATED_JUDGE, pool, 4).random(judge.size)
+    values = jitter if np.isnan(scores).all() else scores + jitter
+    return int(np.nanargmax(values)), int(np.nanargmin(values))
 
 
 def share(outcome: Outcome, reference: Outcome) -> tuple[float, float]:

@@ -8,6 +8,7 @@ s is solved so that one vote on two random candidates is right with the probabil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,26 +75,34 @@ class SimulatedJudge:
         """Number of pools."""
         return len(self.utilities)
 
+    def verdicts(self, pool: int, votes: int) -> Array:
+        """`[votes, n, n]`: the answers to all questions (vote, first, second) about one pool; NaN is missing.
+
+        ValueError for more votes than `MAX_VOTES`.
+        """
+        if votes > MAX_VOTES:
+            raise ValueError(f"{votes} votes are more than the {MAX_VOTES} that are simulated")
+        chance = self.chances[pool]
+        if self.model.probabilities:
+            verdicts = np.repeat(chance[None], votes, axis=0)
+        elif self.model.repeats_itself:
+            verdicts = np.repeat(self._uniform(pool, 0, 1) < chance, votes, axis=0).astype(np.float64)
+        else:
+            verdicts = (self._uniform(pool, 0, votes) < chance).astype(np.float64)
+        if self.model.missing:
+            verdicts[self._uniform(pool, 1, votes) < self.model.missing] = np.nan
+        return verdicts
+
     def answer(self, pool: int, questions: Sequence[Question]) -> Answers:
         """The verdicts on questions about one pool. ValueError for a vote beyond `MAX_VOTES`."""
         if not questions:
             return {}
-        index = np.array([(question.first, question.second, question.vote) for question in questions])
-        first, second, vote = index.T
-        if vote.max() >= MAX_VOTES:
-            raise ValueError(f"vote {vote.max()} is beyond the {MAX_VOTES} that are simulated")
-        chance = self.chances[pool, first, second]
-        if self.model.probabilities:
-            verdicts = chance
-        else:
-            drawn = self._uniform(pool, 0, 1 if self.model.repeats_itself else int(vote.max()) + 1)
-            spoken = np.zeros_like(vote) if self.model.repeats_itself else vote
-            verdicts = (drawn[spoken, first, second] < chance).astype(np.float64)
-        answers: Answers = dict(zip(questions, verdicts.tolist(), strict=True))
-        if self.model.missing:
-            lost = self._uniform(pool, 1, int(vote.max()) + 1)[vote, first, second] < self.model.missing
-            answers |= {questions[place]: _LOST for place in np.flatnonzero(lost).tolist()}
-        return answers
+        vote, first, second = np.array([(asked.vote, asked.first, asked.second) for asked in questions]).T
+        verdicts = self.verdicts(pool, int(vote.max()) + 1)[vote, first, second].tolist()
+        return {
+            question: _LOST if math.isnan(verdict) else verdict
+            for question, verdict in zip(questions, verdicts, strict=True)
+        }
 
     def _uniform(self, pool: int, stream: int, votes: int) -> Array:
         """`[votes, n, n]`; more votes only add to what fewer give."""

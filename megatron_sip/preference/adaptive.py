@@ -41,7 +41,7 @@ class AdaptiveSettings:
 
     rounds: int = 4
     budget: int | None = None
-    confidence: float = 0.95
+    confidence: float = 0.9
     min_answered_fraction: float = 0.5
 
     def edges(self, size: int, judge: JudgeSpec) -> list[int]:

@@ -41,7 +41,7 @@ class Prior:
     """
 
     utility_sds: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    pair_shares: tuple[float, ...] = (0.3,)
+    pair_shares: tuple[float, ...] = (0.2,)
     bias_mean: float = 0.0
     bias_sd: float = 1.0
     answer_sd: float = 0.3

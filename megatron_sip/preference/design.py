@@ -34,16 +34,25 @@ class Doubts:
 def doubts(totals: Array, confidence: float) -> Doubts:
     """Doubts from draws of the candidates' totals, `[pools, draws, n]`; -inf is a candidate that is out.
 
-    An end whose winner has at least the probability `confidence` is clear and has no weight any more.
+    An end whose winner has at least the probability `confidence` is clear and has no weight any more. The others have
+    weight by what is lost there by choosing now: the candidate of the highest mean total instead of the true best.
     """
-    out = np.isneginf(totals)
-    best = _shares(totals)
-    worst = _shares(np.where(out, -np.inf, -totals))
     weight = np.zeros((len(totals), totals.shape[2], totals.shape[2]))
-    for share in (best, worst):
-        open_end = share.max(axis=1) < confidence
-        weight += open_end[:, None, None] * _top_two(share)
-    return Doubts(weight, best.max(axis=1), worst.max(axis=1))
+    surest = []
+    for values in (totals, np.where(np.isneginf(totals), -np.inf, -totals)):
+        share = _shares(values)
+        surest.append(share.max(axis=1))
+        doubtful = np.where(surest[-1] < confidence, _expected_loss(values), 0.0)
+        weight += doubtful[:, None, None] * _top_two(share)
+    return Doubts(weight, *surest)
+
+
+def _expected_loss(totals: Array) -> Array:
+    """`[pools]`: mean over draws of the highest total less that of the candidate whose mean total is highest."""
+    mean = totals.mean(axis=1)
+    somebody = ~np.isneginf(mean).all(axis=1)
+    highest, chosen = totals.max(axis=2).mean(axis=1), mean.max(axis=1)
+    return np.where(somebody, highest, 0.0) - np.where(somebody, chosen, 0.0)
 
 
 def _shares(totals: Array) -> Array:

@@ -50,6 +50,8 @@ def _message(line: str, world_size: int = 1) -> str:
         ("--tensor-model-parallel-size 8 --pad-query-groups", 8),
         ("--curriculum schedule --curriculum-rollout-start 5 --pool original rewrite rollout", 1),
         ("--rewrite-interval 4 --pool rewrite rollout", 1),
+        ("--scoring adaptive --adaptive-budget 17 --adaptive-rounds 1", 1),
+        ("--adaptive-budget 16", 1),
         ("--objective ntp --seq-length 64 --suffix-length 128", 1),
     ],
 )

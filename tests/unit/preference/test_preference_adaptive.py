@@ -133,7 +133,7 @@ def test_later_rounds_ask_about_best_and_worst() -> None:
     judge = SimulatedJudge(JudgeModel(0.9), 1, 17, 8)
     rank = np.argsort(np.argsort(judge.utilities[0]))
     outer = [rank[index] in (0, 1, 2, 14, 15, 16) for q in rounds[-1] for index in (q.first, q.second or 0)]
-    assert np.mean(outer) > 0.75, "a third of the candidates draw most of the last round"
+    assert np.mean(outer) > 0.6, "the outer third of the candidates draws most of the last round"
 
 
 def test_it_stops_early_when_best_and_worst_are_clear() -> None:

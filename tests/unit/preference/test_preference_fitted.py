@@ -86,7 +86,14 @@ CASES = [
     # 0 is better and unsafe: 1/2 < P(0 beats 1) < 1, so that safety decides.
     Case("weights", 2, pairs({(0, 1): 1}) | points(0, 1), (), ((1,), (0,)), judges=(Q, S)),
     Case("nobody answers", 2, pairs({(0, 1): None}), (0, 1), ()),
-    Case("probabilities", 3, pairs({(0, 1): 0.6, (1, 2): 0.7}), (), ((0,), (1,), (2,)), judges=(READ,)),
+    Case(
+        "probabilities",
+        3,
+        pairs({(0, 1): 0.6, (1, 0): 0.4, (1, 2): 0.7, (2, 1): 0.3}),
+        (),
+        ((0,), (1,), (2,)),
+        judges=(READ,),
+    ),
     Case("nothing asked", 2, {}, (0, 1), ()),
 ]
 
@@ -176,7 +183,9 @@ def test_the_position_bias_of_a_batch(bias: float, judge: JudgeSpec) -> None:
             sizes.append(size)
             answers.append(simulated.answer(pool, all_pairs(size, spec, seed=1, sample_index=pool)))
     total, count = position_bias(sizes, answers, spec)
-    assert total / count == pytest.approx(bias, abs=max(3 * count**-0.5, 0.05))
+    # Laplace's approximation draws the bias of votes to 0, by about an eighth at this size.
+    expected, slack = (bias * 7 / 8, 3 * count**-0.5) if judge is Q else (bias, 0.05)
+    assert total / count == pytest.approx(expected, abs=slack)
     halves = [position_bias(sizes[part], answers[part], spec) for part in (slice(0, 50), slice(50, None))]
     assert np.sum(halves, axis=0) == pytest.approx([total, count], rel=1e-6), "ranks and steps add up"
 
