@@ -74,12 +74,17 @@ REPORTED = (
 
 @dataclass(frozen=True)
 class Row:
-    """One plan in one scenario: share of the reference's margin with its standard error, mean calls, most rounds."""
+    """One plan in one scenario: shares of two margins, mean calls, most rounds.
+
+    `share` is of what all pairs x 5 votes find with the same judge, `error` its standard error; `plain` of what they
+    find with a judge of the same vote rate without bias, without an intransitive part, that votes anew each time.
+    """
 
     scenario: str
     plan: str
     share: float
     error: float
+    plain: float
     calls: float
     rounds: float
     target: float | None = None
@@ -90,19 +95,36 @@ class Row:
         return None if self.target is None else self.share >= self.target
 
 
-def judges_for(scenario: Scenario, pools: int, seed: int) -> tuple[SimulatedJudge, SimulatedJudge]:
-    """The judge, and the same one as the reference asks it: votes, afresh each time, none missing."""
-    plain = replace(scenario.model, repeats_itself=False, probabilities=False, missing=0.0)
-    make = SimulatedJudge
-    return make(scenario.model, pools, scenario.size, seed), make(plain, pools, scenario.size, seed)
+@dataclass(frozen=True)
+class References:
+    """All pairs x 5 votes (680 calls for 17): with votes of the same judge, none missing, and with a plain one."""
+
+    own: Outcome
+    plain: Outcome
+
+    def row(self, scenario: Scenario, plan: str, outcome: Outcome, target: float | None = None) -> Row:
+        """The row of a plan."""
+        found, error = share(outcome, self.own)
+        calls, rounds = float(outcome.calls.mean()), float(outcome.rounds.max())
+        return Row(scenario.name, plan, found, error, share(outcome, self.plain)[0], calls, rounds, target)
+
+
+def references(scenario: Scenario, pools: int, seed: int) -> References:
+    """The measures of 1 in a scenario."""
+    models = (
+        replace(scenario.model, probabilities=False, missing=0.0),
+        JudgeModel(scenario.model.vote_rate),
+    )
+    own, plain = (every_pair(5)(SimulatedJudge(model, pools, scenario.size, seed)) for model in models)
+    return References(own, plain)
 
 
 def measure(scenario: Scenario, pools: int, seed: int, *, only_adaptive: bool = False) -> list[Row]:
-    """The adaptive plan and those it is compared with; all pairs x 5 votes (680 calls for 17) is the measure of 1."""
-    judge, plain = judges_for(scenario, pools, seed)
-    reference = every_pair(5)(plain)
+    """The adaptive plan and those it is compared with."""
+    judge = SimulatedJudge(scenario.model, pools, scenario.size, seed)
+    measure_of_1 = references(scenario, pools, seed)
     outcome = adaptive(scenario.settings)(judge)
-    rows = [_row(scenario, "adaptive", outcome, reference, scenario.target)]
+    rows = [measure_of_1.row(scenario, "adaptive", outcome, scenario.target)]
     if not only_adaptive:
         budget = round(float(outcome.calls.max()))
         others: dict[str, Plan] = {
@@ -112,25 +134,19 @@ def measure(scenario: Scenario, pools: int, seed: int, *, only_adaptive: bool = 
             "knockout": knockout(),
             "pivot": pivot(),
         }
-        rows += [_row(scenario, name, plan(judge), reference, None) for name, plan in others.items()]
+        rows += [measure_of_1.row(scenario, name, plan(judge)) for name, plan in others.items()]
     return rows
-
-
-def _row(scenario: Scenario, plan: str, outcome: Outcome, reference: Outcome, target: float | None) -> Row:
-    found, error = share(outcome, reference)
-    calls, rounds = float(outcome.calls.mean()), float(outcome.rounds.max())
-    return Row(scenario.name, plan, found, error, calls, rounds, target)
 
 
 def curves(pools: int, seed: int, told: Callable[[str], None]) -> tuple[list[Row], list[Panel]]:
     """Share of the margin against calls and against rounds at a vote rate of 75 %, never stopping early."""
-    judge, plain = judges_for(TARGETS[0], pools, seed)
-    reference = every_pair(5)(plain)
+    judge = SimulatedJudge(TARGETS[0].model, pools, TARGETS[0].size, seed)
+    measure_of_1 = references(TARGETS[0], pools, seed)
     rows: list[Row] = []
 
     def point(name: str, plan: Plan) -> Row:
         told(name)
-        rows.append(_row(TARGETS[0], name, plan(judge), reference, None))
+        rows.append(measure_of_1.row(TARGETS[0], name, plan(judge)))
         return rows[-1]
 
     def full(rounds: int, budget: int) -> Plan:
@@ -159,12 +175,13 @@ def _by_calls(rows: Iterator[Row] | Sequence[Row]) -> tuple[tuple[float, float],
 def table(rows: Sequence[Row], title: str) -> Table:
     """One line a plan."""
     shown = Table(title=title, title_justify="left")
-    for head in ("judge", "plan", "calls", "rounds", "share, %", "s.e.", "target, %", "met"):
+    for head in ("judge", "plan", "calls", "rounds", "share, %", "s.e.", "of plain, %", "target, %", "met"):
         shown.add_column(head, justify="left" if head in ("judge", "plan") else "right")
     for row in rows:
         goal = "" if row.target is None else f"{100 * row.target:.0f}"
         met = {None: "", True: "yes", False: "NO"}[row.met]
-        figures = (f"{row.calls:.1f}", f"{row.rounds:.0f}", f"{100 * row.share:.1f}", f"{100 * row.error:.1f}")
+        shares = (f"{100 * value:.1f}" for value in (row.share, row.error, row.plain))
+        figures = (f"{row.calls:.1f}", f"{row.rounds:.0f}", *shares)
         shown.add_row(row.scenario, row.plan, *figures, goal, met)
     return shown
 

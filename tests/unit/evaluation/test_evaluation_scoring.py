@@ -167,7 +167,7 @@ def test_the_tool_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_missed_target_is_told_by_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     for reached, code in ((0.951, 0), (0.949, 1)):
-        row = Row("75 %", "adaptive", reached, 0.1, 136.0, 4, target=0.95)
+        row = Row("75 %", "adaptive", reached, 0.1, reached, 136.0, 4, target=0.95)
         monkeypatch.setattr(tool, "measure", lambda *_, row=row, **__: [row])
         assert tool.main(["--pools", "2", "--scenarios", "targets"]) == code
 
