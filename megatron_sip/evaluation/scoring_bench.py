@@ -163,7 +163,7 @@ def curves(pools: int, seed: int, told: Callable[[str], None]) -> tuple[list[Row
     rounds = Line("adaptive, 136 calls", tuple((row.rounds, 100 * row.share) for row in by_rounds))
     unit = "share of the margin of 680 calls, %"
     return rows, [
-        Panel("Margin against calls, judge right in 75 %", "calls a pool", unit, tuple(lines), (50.0, 100.0), True),
+        Panel("Margin against calls, judge right in 75 %", "calls a pool", unit, tuple(lines), (20.0, 100.0), True),
         Panel("Margin against rounds, judge right in 75 %", "rounds", unit, (rounds,), (85.0, 100.0)),
     ]
 
@@ -173,16 +173,16 @@ def _by_calls(rows: Iterator[Row] | Sequence[Row]) -> tuple[tuple[float, float],
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """One line a plan."""
+    """One line a plan; `title` names the scenario."""
     shown = Table(title=title, title_justify="left")
-    for head in ("judge", "plan", "calls", "rounds", "share, %", "s.e.", "of plain, %", "target, %", "met"):
-        shown.add_column(head, justify="left" if head in ("judge", "plan") else "right")
+    for head in ("plan", "calls", "rounds", "share, %", "s.e.", "of plain, %", "target, %", "met"):
+        shown.add_column(head, justify="left" if head == "plan" else "right", no_wrap=True)
     for row in rows:
         goal = "" if row.target is None else f"{100 * row.target:.0f}"
         met = {None: "", True: "yes", False: "NO"}[row.met]
         shares = (f"{100 * value:.1f}" for value in (row.share, row.error, row.plain))
         figures = (f"{row.calls:.1f}", f"{row.rounds:.0f}", *shares)
-        shown.add_row(row.scenario, row.plan, *figures, goal, met)
+        shown.add_row(row.plan, *figures, goal, met)
     return shown
 
 

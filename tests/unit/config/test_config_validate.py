@@ -136,6 +136,7 @@ def test_layout_model_batch_and_folders(line: str, world_size: int, words: list[
         ("--judge-url --quality-weight 0 --likelihood-weight 1", ["--judge-url is missing", "likelihood"]),
         ("--judge-url judge:8100", ["--judge-url", "http or https"]),
         ("--judge-interval 2", ["--judge-interval 2", "--classifier-weight"]),
+        ("--scoring adaptive --adaptive-budget 16", ["--adaptive-budget 16", "17 candidates", "at least 17"]),
         ("--judge-reading logit --judge-votes 5", ["--judge-votes 5", "--judge-reading logit"]),
         ("--classifier toxic-bilstm --classifier-weight 1", ["--classifier-path"]),
         (
