@@ -109,6 +109,6 @@ def _line(line: Line, axes: _Axes, colour: str, number: int) -> str:
         return f"{dots}{label}{escape(line.label)}</text>"
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     row = _HEIGHT - _BOTTOM - 10 - 15 * number
-    key = f'<path d="M{_WIDTH - 150} {row}h18" stroke="{colour}" stroke-width="2"/>'
-    key += f'<text x="{_WIDTH - 126}" y="{row + 4}" fill="{colour}">{escape(line.label)}</text>'
+    key = f'<path d="M{_WIDTH - 172} {row}h18" stroke="{colour}" stroke-width="2"/>'
+    key += f'<text x="{_WIDTH - 148}" y="{row + 4}" fill="{colour}">{escape(line.label)}</text>'
     return f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>{dots}{key}'

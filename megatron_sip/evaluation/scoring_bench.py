@@ -175,14 +175,12 @@ def _by_calls(rows: Iterator[Row] | Sequence[Row]) -> tuple[tuple[float, float],
 def table(rows: Sequence[Row], title: str) -> Table:
     """One line a plan; `title` names the scenario."""
     shown = Table(title=title, title_justify="left")
-    for head in ("plan", "calls", "rounds", "share, %", "s.e.", "of plain, %", "target, %", "met"):
+    for head in ("plan", "calls", "rounds", "share, %", "of plain, %", "target, %"):
         shown.add_column(head, justify="left" if head == "plan" else "right", no_wrap=True)
     for row in rows:
-        goal = "" if row.target is None else f"{100 * row.target:.0f}"
-        met = {None: "", True: "yes", False: "NO"}[row.met]
-        shares = (f"{100 * value:.1f}" for value in (row.share, row.error, row.plain))
-        figures = (f"{row.calls:.1f}", f"{row.rounds:.0f}", *shares)
-        shown.add_row(row.plan, *figures, goal, met)
+        goal = "" if row.target is None else f"{100 * row.target:.0f} {'met' if row.met else 'MISSED'}"
+        found = f"{100 * row.share:.1f} ± {100 * row.error:.1f}"
+        shown.add_row(row.plan, f"{row.calls:.1f}", f"{row.rounds:.0f}", found, f"{100 * row.plain:.1f}", goal)
     return shown
 
 

@@ -39,10 +39,10 @@ class AdaptiveSettings:
     posterior probability `confidence`. `min_answered_fraction` as in `combine`.
     """
 
-    rounds: int = 4
-    budget: int | None = None
-    confidence: float = 0.9
-    min_answered_fraction: float = 0.5
+    rounds: int = PreferenceConfig.adaptive_rounds
+    budget: int | None = PreferenceConfig.adaptive_budget
+    confidence: float = PreferenceConfig.adaptive_confidence
+    min_answered_fraction: float = PreferenceConfig.min_answered_fraction
 
     def edges(self, size: int, judge: JudgeSpec) -> list[int]:
         """Calls of `judge` in all after each round for a pool of `size`, from 0 to the budget.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sip.config.groups import PreferenceConfig
 from megatron_sip.preference.bradley_terry import AnswerKind
 
 
@@ -25,7 +26,7 @@ class JudgeSpec:
     votes: int = 1
     both_orders: bool = False
     answers: AnswerKind = "votes"
-    repeats: int = 5
+    repeats: int = PreferenceConfig.adaptive_repeats
 
     def __post_init__(self) -> None:
         if self.votes < 1:
