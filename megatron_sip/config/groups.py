@@ -12,7 +12,7 @@ from typing import Literal
 
 Objective = Literal["ntp", "online-dpo", "rf-nll", "sft-rewrite", "sft-rollout", "dpo-rewrite-over-rollout"]
 PoolMember = Literal["original", "rewrite", "rollout"]
-ScoringMethod = Literal["all-pairs", "pivot"]
+ScoringMethod = Literal["all-pairs", "adaptive", "pivot"]
 OptionOrder = Literal["auto", "random", "both"]
 
 
@@ -200,7 +200,17 @@ class PreferenceConfig:
     pool: tuple[PoolMember, ...] = ("original", "rollout")
     """Kinds of candidates in the pool."""
     scoring: ScoringMethod = "all-pairs"
-    """Which pairs a pairwise judge sees; pivot: each candidate against one only (cheap, far less exact)."""
+    """Which pairs a pairwise judge sees; adaptive: those on which best and worst hang, in few rounds; pivot: each
+    candidate against one only (cheap, far less exact)."""
+    adaptive_rounds: int = 4
+    """Rounds of --scoring adaptive; answers are waited for after each."""
+    adaptive_budget: int | None = None
+    """Calls of --scoring adaptive to each pairwise judge for one prefix; default 8 for each distinct candidate."""
+    adaptive_repeats: int = 5
+    """Most answers of --scoring adaptive to one question in the same option order; a judge at temperature 0 and one
+    read by logit is asked once whatever this says."""
+    adaptive_confidence: float = 0.9
+    """--scoring adaptive stops asking about an end of the pool whose candidate it is so sure of; 1: only at 1."""
     screen_safety_below: float | None = None
     """Do not compare a candidate that a safety judge or classifier scored below this: it loses every pairwise
     comparison unasked; default none: all are compared."""

@@ -19,7 +19,7 @@ _AT_LEAST_ONE = (
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
     *("judge_votes", "judge_max_tokens", "judge_missing_window", "loss_spike_window"),
     *("judge_concurrency", "rewrite_interval", "rewrite_ahead", "save_interval", "log_interval", "sample_log_interval"),
-    *("keep_last_n", "save_retain_interval"),
+    *("keep_last_n", "save_retain_interval", "adaptive_rounds", "adaptive_budget", "adaptive_repeats"),
 )
 _ABOVE_ZERO = (
     *("rotary_base", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "norm_epsilon"),
@@ -33,7 +33,7 @@ _AT_LEAST_ZERO = (
     *("classifier_weight", "judge_temperature", "judge_retries", "rewriter_temperature", "max_rollbacks"),
     *("reward_weight", "reward_label"),
 )
-_ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p")
+_ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p", "adaptive_confidence")
 _ZERO_TO_ONE = ("min_answered_fraction", "screen_safety_below", "screen_repetition_above")
 _ZERO_TO_BELOW_ONE = ("adam_beta1", "adam_beta2", "reference_ema_decay", "judge_max_missing_share")
 _NOT_ZERO = ("reward_scale",)

@@ -16,7 +16,7 @@ def preference_problems(config: Config) -> list[str]:
     """A sentence for each relation among pool, objective, judges and rewriter that cannot train."""
     problems = []
     if needs_scores(config.training.objective):
-        problems += [*_pool(config), *judge_problems(config)]
+        problems += [*_pool(config), *_scoring(config), *judge_problems(config)]
     if needs_rewriter(config):
         problems += [*_server(rewriter_settings(config)), *_rewrites(config)]
     return problems
@@ -71,6 +71,16 @@ def _pool(config: Config) -> Iterator[str]:
         yield (
             f"--temperature 0 writes the same rollout --num-rollouts {count} times; raise the temperature or set "
             "--num-rollouts 1"
+        )
+
+
+def _scoring(config: Config) -> Iterator[str]:
+    budget = config.preference.adaptive_budget
+    most = _candidates(config, config.rollout.num_rollouts, rewrite=True)
+    if config.preference.scoring == "adaptive" and budget is not None and budget < most:
+        yield (
+            f"--adaptive-budget {budget} is less than the {most} candidates of a prefix, so that some would hardly be "
+            f"compared; give at least {most}, or leave it out for 8 calls a candidate"
         )
 
 

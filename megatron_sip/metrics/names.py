@@ -89,6 +89,8 @@ PREFERENCE: tuple[MetricSpec, ...] = (
     # Belief in the option shown first, less one half; of pairs asked in both orders, the share with one winner.
     MetricSpec("judge/position_bias", label="position bias", form="+.3f"),
     MetricSpec("judge/order_consistency", label="order consistency", form=".3f"),
+    # Under --scoring adaptive, whose option orders are no fair draw.
+    MetricSpec("judge/position_bias_logits", label="position bias (logits)", form="+.2f"),
     # Prompts to judges and rewriter that lost the beginning of the prefix to fit the server's context.
     MetricSpec("judge/prompts_trimmed", "total", label="prompts trimmed", form=".0f", show_zero=False),
     # Verdicts and rewrites of steps that are made again: nobody was asked for them.

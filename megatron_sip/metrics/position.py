@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megatron_sip.preference.fitted import position_bias
+from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.types import Answers, Missing
 
 SumCount = tuple[float, float]
 BIAS, CONSISTENCY = "judge/position_bias", "judge/order_consistency"
+FITTED_BIAS = "judge/position_bias_logits"
 SAME_BELIEF = 1e-9
 
 
@@ -39,6 +42,16 @@ def position_metrics(answers: Sequence[Answers]) -> dict[str, SumCount]:
         for judge, same in _both_orders(beliefs):
             add(CONSISTENCY, judge, float(same))
     return values
+
+
+def fitted_bias(sizes: Sequence[int], answers: Sequence[Answers], judges: Sequence[JudgeSpec]) -> dict[str, SumCount]:
+    """(sum, count) of the fitted liking for the first option in logits, over all pairwise judges.
+
+    For plans that choose the option order by what they still want to know, where a mean of beliefs would tell which
+    candidates stood first. `sizes[i]` counts the distinct candidates of the pool that `answers[i]` speak of.
+    """
+    found = [position_bias(sizes, answers, judge) for judge in judges if judge.pairwise and judge.weight > 0]
+    return {FITTED_BIAS: (sum(total for total, _ in found), sum(count for _, count in found))}
 
 
 def _both_orders(beliefs: dict[tuple[str, int, int], list[float]]) -> Iterator[tuple[str, bool]]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
-from megatron_sip.preference.scoring import JudgeSpec
+from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.types import Answers, Missing, MissingReason, Question, Scores, Verdict
 
 TOLERANCE = 1e-9
 """Scores closer than this are equal; sums of fractions such as 1/3 are not exact."""
+
+PairwiseScores: TypeAlias = Callable[
+    [int, JudgeSpec, Mapping[Question, Verdict], frozenset[int]], Sequence[float | None]
+]
+"""(distinct candidates, judge, its verdicts, who remains) to a score for each, None where nothing was answered."""
 
 
 def _involved(question: Question) -> tuple[int, ...]:
@@ -35,7 +41,7 @@ def _check(question: Question, answers: Answers, judges: dict[str, JudgeSpec], n
 
 
 def _means(
-    num_distinct: int, verdicts: dict[Question, Verdict], remaining: frozenset[int]
+    num_distinct: int, verdicts: Mapping[Question, Verdict], remaining: frozenset[int]
 ) -> list[tuple[float | None, int, int]]:
     """Per candidate: mean of its answered questions among `remaining` (None without any), answered, planned."""
     total, answered, planned = [0.0] * num_distinct, [0] * num_distinct, [0] * num_distinct
@@ -52,18 +58,38 @@ def _means(
     return list(zip(means, answered, planned, strict=True))
 
 
+def mean_scores(
+    num_distinct: int, judge: JudgeSpec, verdicts: Mapping[Question, Verdict], remaining: frozenset[int]
+) -> list[float | None]:
+    """The mean over the answered questions of each candidate with candidates that remain; the same for any judge."""
+    del judge
+    return [mean for mean, _, _ in _means(num_distinct, verdicts, remaining)]
+
+
+def leavers_of(
+    num_distinct: int, judge: JudgeSpec, verdicts: Mapping[Question, Verdict], min_answered_fraction: float
+) -> dict[int, Missing]:
+    """Candidates that have too few answered questions of this judge to stay, with the reason."""
+    leavers = {}
+    for index, (_, answered, asked) in enumerate(_means(num_distinct, verdicts, frozenset(range(num_distinct)))):
+        if answered == 0 or answered < min_answered_fraction * asked - TOLERANCE:
+            leavers[index] = Missing(MissingReason.TOO_FEW_ANSWERS, f"{judge.name}: {answered} of {asked} answered")
+    return leavers
+
+
 def combine(
     num_distinct: int,
     planned: Sequence[Question],
     answers: Answers,
     judges: Sequence[JudgeSpec],
     min_answered_fraction: float,
+    pairwise_scores: PairwiseScores = mean_scores,
 ) -> Scores:
     """Scores of the distinct candidates of one pool.
 
     A pairwise verdict on `Question(first=i, second=j)` is P(i beats j): it counts v for i and 1 - v for j.
-    A candidate's score by a judge is the mean over its answered questions; the total is the weighted sum
-    over judges. Missing verdicts count for nobody:
+    A candidate's score by a judge is the mean over its answered questions, or for a pairwise judge what
+    `pairwise_scores` makes of them; the total is the weighted sum over judges. Missing verdicts count for nobody:
 
     1. On the planned questions, a candidate for whom any judge of weight above 0 answered fewer than
        `min_answered_fraction` of its questions (or none at all) leaves the pool. This is decided once.
@@ -81,18 +107,16 @@ def combine(
         verdict = _check(question, answers, weights, num_distinct)
         verdicts[question.judge][question] = verdict
 
-    everyone = frozenset(range(num_distinct))
     leavers: dict[int, Missing] = {}
     for judge in judges:
-        if judge.weight <= 0:
-            continue
-        for index, (_, answered, asked) in enumerate(_means(num_distinct, verdicts[judge.name], everyone)):
-            if answered == 0 or answered < min_answered_fraction * asked - TOLERANCE:
-                detail = f"{judge.name}: {answered} of {asked} answered"
-                leavers.setdefault(index, Missing(MissingReason.TOO_FEW_ANSWERS, detail))
+        if judge.weight > 0:
+            leavers = leavers_of(num_distinct, judge, verdicts[judge.name], min_answered_fraction) | leavers
 
     by_judge = {
-        judge.name: _judge_scores(num_distinct, judge, verdicts[judge.name], everyone, leavers) for judge in judges
+        judge.name: _judge_scores(
+            num_distinct, judge, verdicts[judge.name], leavers, pairwise_scores if judge.pairwise else mean_scores
+        )
+        for judge in judges
     }
     total = tuple(_weighted_sum(index, judges, by_judge) for index in range(num_distinct))
     everything = [verdict for of_judge in verdicts.values() for verdict in of_judge.values()]
@@ -104,20 +128,20 @@ def _judge_scores(
     num_distinct: int,
     judge: JudgeSpec,
     verdicts: dict[Question, Verdict],
-    everyone: frozenset[int],
     leavers: dict[int, Missing],
+    scores_of: PairwiseScores,
 ) -> tuple[Verdict, ...]:
     """One judge's scores without the leavers, who carry the reason why they left."""
-    means = _means(num_distinct, verdicts, everyone.difference(leavers))
+    found = scores_of(num_distinct, judge, verdicts, frozenset(range(num_distinct)).difference(leavers))
     scores: list[Verdict] = []
-    for index, (mean, _, _) in enumerate(means):
+    for index, score in enumerate(found):
         if index in leavers:
             scores.append(leavers[index])
-        elif mean is None:
+        elif score is None:
             detail = f"{judge.name}: no answered question with a remaining candidate"
             scores.append(Missing(MissingReason.TOO_FEW_ANSWERS, detail))
         else:
-            scores.append(mean)
+            scores.append(score)
     return tuple(scores)
 
 

@@ -16,6 +16,24 @@ class Purpose(IntEnum):
     PIVOT = 0x5_0002
     BEST_TIE = 0x5_0003
     WORST_TIE = 0x5_0004
+    ADAPTIVE_DRAWS = 0x5_0005
+    ADAPTIVE_TIES = 0x5_0006
+    SIMULATED_JUDGE = 0x5_0007
+
+
+def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
+    """Random numbers keyed by seed, purpose and up to three numbers that name the place.
+
+    Raises:
+        ValueError: more than three numbers.
+    """
+    if len(place) > 3:
+        raise ValueError(f"a draw is keyed by at most three numbers, not {len(place)}")
+    # Counter word 0 is the one Philox counts up itself, so the place goes into the other three.
+    counter = [0, *place, *([0] * (3 - len(place)))]
+    return np.random.Generator(
+        np.random.Philox(key=[seed & _WORD, int(purpose)], counter=[word & _WORD for word in counter])
+    )
 
 
 def draw_index(size: int, seed: int, purpose: Purpose, *place: int) -> int:
@@ -26,9 +44,4 @@ def draw_index(size: int, seed: int, purpose: Purpose, *place: int) -> int:
     """
     if size < 1:
         raise ValueError("cannot draw from nothing")
-    if len(place) > 3:
-        raise ValueError(f"a draw is keyed by at most three numbers, not {len(place)}")
-    # Counter word 0 is the one Philox counts up itself, so the place goes into the other three.
-    counter = [0, *place, *([0] * (3 - len(place)))]
-    bits = np.random.Philox(key=[seed & _WORD, int(purpose)], counter=[word & _WORD for word in counter])
-    return int(np.random.Generator(bits).integers(size))
+    return int(generator(seed, purpose, *place).integers(size))

@@ -11,31 +11,10 @@ from itertools import combinations
 from typing import Protocol
 
 from megatron_sip.config.groups import ScoringMethod
+from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings, plan_together
 from megatron_sip.preference.draw import Purpose, draw_index
+from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.types import Answers, Candidate, CandidateKind, Question, Scores, Verdict
-
-
-@dataclass(frozen=True)
-class JudgeSpec:
-    """What a plan needs to know of a judge.
-
-    `weight` is its share in the sum of scores; a judge with weight 0 is not asked. `votes` counts the
-    times each question is asked. `both_orders` asks a pairwise question with either candidate first.
-    `tells_safety` marks a pointwise judge whose score a screen may go by.
-    """
-
-    name: str
-    pairwise: bool
-    weight: float
-    votes: int = 1
-    both_orders: bool = False
-    tells_safety: bool = False
-
-    def __post_init__(self) -> None:
-        if self.votes < 1:
-            raise ValueError(f"judge {self.name}: votes must be at least 1, not {self.votes}")
-        if self.weight < 0:
-            raise ValueError(f"judge {self.name}: weight must not be negative, not {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -144,11 +123,19 @@ def plan_scoring(
     *,
     seed: int,
     sample_index: int,
+    adaptive: AdaptiveSettings | None = None,
 ) -> ScoringPlan:
-    """The plan for one pool. Judges of weight 0 are not asked; one candidate alone is not asked about at all."""
+    """The plan for one pool. Judges of weight 0 are not asked; one candidate alone is not asked about at all.
+
+    `adaptive` are the settings of the method of that name (default its defaults).
+    """
     size = len(unique)
     if size < 2:
         return OneRound(())
+    if method == "adaptive":
+        asked = tuple(judge for judge in judges if judge.weight > 0)
+        single = tuple(question for judge in asked if not judge.pairwise for question in pointwise(size, judge))
+        return AdaptivePlan(size, asked, single, adaptive or AdaptiveSettings(), seed, sample_index)
     pairs: Callable[[JudgeSpec], list[Question]]
     if method == "pivot":
         pivot = choose_pivot(candidates, unique, seed=seed, sample_index=sample_index)
@@ -165,3 +152,12 @@ def plan_scoring(
         if judge.weight > 0:
             questions += pairs(judge) if judge.pairwise else pointwise(size, judge)
     return OneRound(tuple(questions))
+
+
+def next_rounds(plans: Sequence[ScoringPlan], answers: Sequence[Answers]) -> list[list[Question]]:
+    """The next round of every plan of a batch; adaptive plans of equal pools are worked out together."""
+    adaptive = {index: plan for index, plan in enumerate(plans) if isinstance(plan, AdaptivePlan)}
+    together = iter(plan_together(list(adaptive.values()), [answers[index] for index in adaptive]))
+    return [
+        next(together) if index in adaptive else plan.next_round(answers[index]) for index, plan in enumerate(plans)
+    ]

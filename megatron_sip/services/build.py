@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.groups import Config, JudgeConfig, PreferenceConfig
 from megatron_sip.config.judge_set import CHAT_KINDS, SAFETY_KINDS, JudgeSettings, active_judges
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec
@@ -29,11 +29,12 @@ def judge_specs(config: Config) -> list[JudgeSpec]:
     """
     if config.training.objective not in SCORING_OBJECTIVES:
         return []
-    return [judge_spec(settings) for settings in active_judges(config.judge)]
+    return [judge_spec(settings, config.preference) for settings in active_judges(config.judge)]
 
 
-def judge_spec(settings: JudgeSettings) -> JudgeSpec:
+def judge_spec(settings: JudgeSettings, preference: PreferenceConfig) -> JudgeSpec:
     """What a scoring plan needs to know of one judge."""
+    says_the_same = settings.reading == "logit" or settings.temperature == 0
     return JudgeSpec(
         settings.name,
         pairwise=settings.pairwise,
@@ -41,6 +42,8 @@ def judge_spec(settings: JudgeSettings) -> JudgeSpec:
         votes=settings.votes if settings.kind in CHAT_KINDS else 1,
         both_orders=settings.pairwise and settings.option_order == "both",
         tells_safety=settings.kind in SAFETY_KINDS,
+        answers="probabilities" if settings.pairwise and settings.reading == "logit" else "votes",
+        repeats=1 if settings.pairwise and says_the_same else preference.adaptive_repeats,
     )
 
 

@@ -16,14 +16,16 @@ from typing import Protocol
 from megatron_sip.config.groups import Config
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.metrics.aggregate import SumCount, pool_metrics
-from megatron_sip.metrics.position import position_metrics
+from megatron_sip.metrics.position import fitted_bias, position_metrics
 from megatron_sip.parallel.leader import Leader
 from megatron_sip.parallel.world import World
+from megatron_sip.preference.adaptive import adaptive_settings
 from megatron_sip.preference.collate import collate, ntp_batch
 from megatron_sip.preference.combine import combine
 from megatron_sip.preference.curriculum import active_rollouts, apply_bonus
+from megatron_sip.preference.fitted import scores_for
 from megatron_sip.preference.pool import build_pool
-from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
+from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, next_rounds, plan_scoring
 from megatron_sip.preference.screen import Screen, ScreenedPlan, screened_scores
 from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
@@ -249,7 +251,7 @@ class PreferenceMaker:
         plans = [self._plan(pool, judges) for pool in pools]
         answers: list[Answers] = [{} for _ in pools]
         while True:
-            questions = [plan.next_round(given) for plan, given in zip(plans, answers, strict=True)]
+            questions = next_rounds(plans, answers)
             if not self.leader.any(any(questions)):
                 break
             future = self.services.submit_answers(pools, questions) if self.services else None
@@ -264,7 +266,10 @@ class PreferenceMaker:
         if self.services is None:
             return scores, {}
         screened = float(sum(len(out) for out in stopped))
-        return scores, {**position_metrics(answers), "candidates/screened": (screened, float(len(pools)))}
+        metrics = {**position_metrics(answers), "candidates/screened": (screened, float(len(pools)))}
+        if self.config.preference.scoring == "adaptive":
+            metrics |= fitted_bias([len(distinct(pool.candidates)) for pool in pools], answers, judges)
+        return scores, metrics
 
     def _plan(self, pool: Pool, judges: Sequence[JudgeSpec]) -> ScoringPlan:
         def plan(candidates: Sequence[Candidate]) -> ScoringPlan:
@@ -275,6 +280,7 @@ class PreferenceMaker:
                 judges,
                 seed=self.config.training.seed,
                 sample_index=pool.sample_index,
+                adaptive=adaptive_settings(self.config.preference),
             )
 
         if not self._screen:
@@ -294,7 +300,11 @@ class PreferenceMaker:
         """Verdicts of the distinct candidates to scores of the whole pool."""
         unique = distinct(pool.candidates)
         planned: list[Question] = list(answers)
-        fraction = self.config.preference.min_answered_fraction
-        combined = partial(combine, min_answered_fraction=fraction)
+        preference = self.config.preference
+        combined = partial(
+            combine,
+            min_answered_fraction=preference.min_answered_fraction,
+            pairwise_scores=scores_for(preference.scoring),
+        )
         scores = screened_scores(stopped, len(unique), planned, answers, judges, combined)
-        return apply_bonus(unique.spread(scores), pool, self.config.preference, iteration)
+        return apply_bonus(unique.spread(scores), pool, preference, iteration)

@@ -56,6 +56,8 @@ def _message(line: str, world_size: int = 1) -> str:
         ("--tensor-model-parallel-size 8 --pad-query-groups", 8),
         ("--curriculum schedule --curriculum-rollout-start 5 --pool original rewrite rollout", 1),
         ("--rewrite-interval 4 --pool rewrite rollout", 1),
+        ("--scoring adaptive --adaptive-budget 17 --adaptive-rounds 1", 1),
+        ("--adaptive-budget 16", 1),
         ("--objective ntp --seq-length 64 --suffix-length 128", 1),
     ],
 )
@@ -143,6 +145,7 @@ def test_layout_model_batch_and_folders(line: str, world_size: int, words: list[
         ("--judge-hedge-after 120", ["--judge-hedge-after 120", "--judge-timeout 120"]),
         ("--judge-ca-file /nowhere/ca.pem", ["--judge-ca-file /nowhere/ca.pem is no file"]),
         ("--judge-max-missing-share 1", ["--judge-max-missing-share is 1", "below 1"]),
+        ("--scoring adaptive --adaptive-budget 16", ["--adaptive-budget 16", "17 candidates", "at least 17"]),
         ("--judge-reading logit --judge-votes 5", ["--judge-votes 5", "--judge-reading logit"]),
         ("--judge-temperature 0 --judge-votes 5", ["--judge-votes 5", "at --judge-temperature 0", "the same question"]),
         (

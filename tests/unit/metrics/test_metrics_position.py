@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from megatron_sip.metrics.names import metric_specs
-from megatron_sip.metrics.position import BIAS, CONSISTENCY, position_metrics
+from megatron_sip.metrics.position import BIAS, CONSISTENCY, fitted_bias, position_metrics
 from megatron_sip.preference.scoring import JudgeSpec, all_pairs
 from megatron_sip.types import Answers, Missing, MissingReason, Question
 
@@ -62,3 +63,28 @@ def test_names_are_declared_for_every_judge_that_compares() -> None:
     answers: Answers = {Question("q", 0, 1): 1.0, Question("q", 1, 0): 0.0, Question("safety", 0): 1.0}
     assert set(position_metrics([answers])) <= declared
     assert set(position_metrics([])) <= {spec.name for spec in metric_specs()}
+
+
+def test_the_fitted_bias_is_that_of_the_judge_whatever_orders_were_asked() -> None:
+    """Every pair in the order that shows the better one first: beliefs alone would tell of a bias that is not there."""
+    judge = JudgeSpec("q", pairwise=True, weight=1.0, answers="probabilities", repeats=1)
+    spread = [1.5 - 0.5 * index for index in range(6)]
+    for bias in (0.0, 0.8):
+        answers: Answers = {}
+        for first in range(6):
+            for second in range(6):
+                # Two orders of a few pairs are enough to tell bias from merit.
+                if first < second or (first - second == 1):
+                    answers[Question("q", first, second)] = float(
+                        1 / (1 + np.exp(spread[second] - spread[first] - bias))
+                    )
+        total, count = position_metrics([answers])[BIAS]
+        assert total / count > 0.05
+        total, count = fitted_bias([6], [answers], [judge])["judge/position_bias_logits"]
+        assert total / count == pytest.approx(bias, abs=0.1)
+
+
+def test_without_an_answer_no_bias_is_told() -> None:
+    judge = JudgeSpec("q", pairwise=True, weight=1.0)
+    assert fitted_bias([], [], [judge]) == {"judge/position_bias_logits": (0.0, 0.0)}
+    assert fitted_bias([3], [{}], [judge]) == {"judge/position_bias_logits": (0.0, 0.0)}

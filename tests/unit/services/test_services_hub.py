@@ -410,7 +410,7 @@ def test_specs_follow_the_configuration() -> None:
         JudgeSpec("likelihood", False, 0.5, 1, False),
     ]
     assert judge_specs(replace(config, judge=replace(judge, judge_reading="logit")))[:2] == [
-        JudgeSpec("quality", True, 1.0, 1, True),
+        JudgeSpec("quality", True, 1.0, 1, True, answers="probabilities", repeats=1),
         JudgeSpec("safety", False, 2.0, 1, False, tells_safety=True),
     ]
     for objective in ("ntp", "sft-rollout", "sft-rewrite", "dpo-rewrite-over-rollout"):

@@ -43,7 +43,7 @@ class Services:
 
 def score(config: Config) -> tuple[Any, dict[str, tuple[float, float]], Services]:
     services: Any = Services(config)
-    leader: Any = SimpleNamespace(any=bool, wait=lambda answers: answers)
+    leader: Any = SimpleNamespace(any=bool, wait=lambda answers, _trouble: answers)
     nobody: Any = None
     maker = PreferenceMaker(config, nobody, leader, nobody, nobody, nobody, services)
     [scores], metrics = maker._score([POOL], 0)
@@ -77,3 +77,18 @@ def test_a_screen_spares_the_comparisons_of_whom_it_stops() -> None:
     assert scores.by_judge["quality"] == pytest.approx((0.8, 0.0, 0.0, 0.5, 0.2, 0.8))
     assert scores.total == pytest.approx((1.8, 0.0, 1.0, 1.5, 1.2, 1.8))
     assert scores.questions_asked == 11
+
+
+def test_adaptive_scoring_works_behind_a_screen() -> None:
+    screen = {"screen_safety_below": 0.5, "screen_repetition_above": 0.5}
+    scores, metrics, services = score(config_of(JUDGE, scoring="adaptive", **screen))
+    assert all(question.second is None for question in services.rounds[0])
+    compared = [question for questions in services.rounds[1:] for question in questions]
+    assert compared
+    assert not {1, 2} & {index for q in compared for index in (q.first, q.second)}
+    assert (scores.by_judge["quality"][1], scores.by_judge["quality"][2]) == (0.0, 0.0)
+    first, second, third = (scores.by_judge["quality"][index] for index in (0, 3, 4))
+    assert first > second > third
+    assert scores.total[1] == pytest.approx(0.0)
+    assert metrics["judge/position_bias_logits"][1] > 0
+    assert set(metrics) <= {spec.name for spec in metric_specs(["quality", "safety"], ["quality"])}
