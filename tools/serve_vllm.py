@@ -31,6 +31,8 @@ from megatron_sip.ports import free_port, is_free
 
 ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1
+CPU_BLOCK = 32
+"""Tokens of a block of the prefix cache on a CPU; vLLM prefers multiples of 32 there."""
 PROGRESS_SECONDS = 5.0
 KEYS_OF_OTHERS = ("REWRITER_API_KEY", "WANDB_API_KEY")
 
@@ -158,7 +160,9 @@ def server_command(args: argparse.Namespace, python: str, device: str, port: int
     command += ["--max-model-len", str(args.max_model_len), "--gpu-memory-utilization", str(memory)]
     command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
     if device == "cpu":
-        command += ["--enforce-eager"]
+        # Only whole blocks of keys and values are shared between prompts. vLLM's 128 tokens on a CPU are longer than
+        # what two short prompts have in common; what stands behind `--` comes later and wins.
+        command += ["--enforce-eager", "--block-size", str(CPU_BLOCK)]
     return command + list(args.vllm_flags)
 
 

@@ -132,6 +132,10 @@ def test_it_announces_the_server_and_ends_it(launch: Launch, number: signal.Sign
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url.removesuffix("/v1") + "/health") as seen:
         assert seen.status == 200
     noted = launch.noted()
+    argv = noted["argv"]
+    assert isinstance(argv, list)
+    assert argv[argv.index("--block-size") + 1] == "32"
+    assert argv.index("--block-size") < argv.index("--seed"), "what the user says comes last and wins"
     assert noted["env"] == {
         "VLLM_API_KEY": "secret-key",
         "JUDGE_API_KEY": None,
