@@ -347,6 +347,9 @@ class RewriterConfig:
     """Sampling temperature of a rewrite."""
     rewriter_top_p: float = 1.0
     """Nucleus mass of a rewrite."""
+    rewriter_max_tokens: int | None = None
+    """Longest rewrite in tokens of the rewriter; a longer one is missing. Default twice --suffix-length, because the
+    rewriter's tokens are not the policy's."""
     rewrite_interval: int = 1
     """Fetch rewrites every this many iterations."""
     rewrite_ahead: int = 1

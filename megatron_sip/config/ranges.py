@@ -19,7 +19,14 @@ _AT_LEAST_ONE = (
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
     *("judge_votes", "judge_max_tokens", "judge_missing_window", "loss_spike_window"),
     *("judge_concurrency", "rewrite_interval", "rewrite_ahead", "save_interval", "log_interval", "sample_log_interval"),
-    *("keep_last_n", "save_retain_interval", "adaptive_rounds", "adaptive_budget", "adaptive_repeats"),
+    *(
+        "keep_last_n",
+        "save_retain_interval",
+        "rewriter_max_tokens",
+        "adaptive_rounds",
+        "adaptive_budget",
+        "adaptive_repeats",
+    ),
 )
 _ABOVE_ZERO = (
     *("rotary_base", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "norm_epsilon"),

@@ -123,8 +123,8 @@ class PreferenceMaker:
             prefix, suffix = cut.prefix.tolist(), cut.suffix.tolist()
             texts = self.tokenizer.prefix_text(prefix), self.tokenizer.candidate_text(prefix, suffix)
             requests.append(RewriteRequest(cut.sample_index, suffix, *texts))
-        # Twice the suffix: the rewriter's tokens are not the policy's, and an answer cut by length is lost.
-        self._rewrites[iteration] = self.services.submit_rewrites(requests, 2 * self.config.data.suffix_length)
+        longest = self.config.rewriter.rewriter_max_tokens or 2 * self.config.data.suffix_length
+        self._rewrites[iteration] = self.services.submit_rewrites(requests, longest)
 
     def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:
         """The batch of this iteration.
