@@ -138,6 +138,8 @@ export_arm() {
 }
 
 held_out_loss() {
+    # It takes as long to start as this stage takes, and the next one needs it.
+    [[ -f $RUN_DIR/stages/sip-2 ]] || begin_own_judge
     export_arm base
     tool held-out-loss "$PYTHON" tools/held_out_loss.py --model "$RUN_DIR/base-hf" \
         --train-path "$DATA_DIR/train_text_document" --data-path "$DATA_DIR/held_out_text_document" \
@@ -146,13 +148,20 @@ held_out_loss() {
         --out "$RUN_DIR/held_out_loss.json" "${LOSS_CHECK[@]}"
 }
 
+# begin_own_judge : start the judge server, unless there is one; a stage that needs it waits for it.
+begin_own_judge() {
+    [[ -z ${JUDGE_URL:-}$JUDGE_PID ]] || return 0
+    say "   starting the judge server, log $RUN_DIR/logs/judge.log"
+    begin_judge "$JUDGE_MODEL_DIR" "$RUN_DIR/logs/judge.log" "$RUN_DIR/judge.url" \
+        --threads "${JUDGE_THREADS:-2}" --memory-share "${JUDGE_MEMORY_SHARE:-0.2}"
+}
+
 # need_judge : a server that answers, started once a run and only if a stage needs it.
 need_judge() {
     local words
     if [[ -z ${JUDGE_URL:-} ]]; then
-        say "   starting the judge server, log $RUN_DIR/logs/judge.log"
-        start_judge "$JUDGE_MODEL_DIR" "$RUN_DIR/logs/judge.log" "$RUN_DIR/judge.url" \
-            --threads "${JUDGE_THREADS:-2}" --memory-share "${JUDGE_MEMORY_SHARE:-0.2}"
+        begin_own_judge
+        await_judge
     fi
     read -ra words <<<"$JUDGE_URL"
     check_judge "${words[@]}"
@@ -175,15 +184,18 @@ self_improve() {
         --pool original rewrite rollout
         --num-rollouts "$ROLLOUTS"
         --likelihood-weight 10
-        --likelihood-interval 3
+        --likelihood-interval 5
         --classifier-weight 1
         --classifier profanity-check
         --quality-weight 1
+        --scoring adaptive
+        --adaptive-budget "$((3 * (ROLLOUTS + 2)))"
+        --adaptive-rounds 2
         --judge-interval "$JUDGE_INTERVAL"
         --judge-reading logit
         --rewrite-interval "$REWRITE_INTERVAL"
         --rewriter-temperature 0.2
-        --rewriter-top-p 0.9
+        --rewriter-max-tokens "$SUFFIX"
         --judge-concurrency 32
         --judge-timeout 300
         "${JUDGE_ARGS[@]}" "${REWRITER_ARGS[@]}"
