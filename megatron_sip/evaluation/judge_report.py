@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_sip.errors import ConfigError
 from megatron_sip.evaluation.bootstrap import Estimate
-from megatron_sip.evaluation.judge_check import Prices, Result
+from megatron_sip.evaluation.judge_check import Prices, Result, Spent
 from megatron_sip.evaluation.report import ABSENT, Grid, interval_cell, markdown_page
 
 RIGHT_HEADS = (
@@ -77,6 +77,7 @@ def remarks(report: CheckReport) -> list[str]:
             lines.append(
                 f"{result.reading} on {result.set}: {sum(result.missing.values())} of {result.asked} verdicts are "
                 f"missing ({why}); {result.unanswered} records have none."
+                + (_in_vain(result.cost.spent) if result.unanswered == result.records else "")
             )
     unmetered = Counter({r.reading: r.cost.spent.unmetered for r in report.results if r.cost.spent.unmetered})
     lines += [f"{label}: {count} answers do not tell their tokens." for label, count in unmetered.items()]
@@ -115,6 +116,12 @@ def write_file(path: Path, text: str, flag: str, mode: Literal["w", "a"] = "w") 
 def json_text(report: CheckReport) -> str:
     """What goes into the JSON file."""
     return json.dumps(as_json(report), indent=2, allow_nan=False) + "\n"
+
+
+def _in_vain(spent: Spent) -> str:
+    """What was spent where no verdict came of it, and so no cost of one can be told."""
+    tokens = "" if spent.unmetered else f", {spent.prompt_tokens} prompt and {spent.answer_tokens} answer tokens"
+    return f" In vain: {spent.calls} calls{tokens}, {spent.seconds:.1f} seconds."
 
 
 def _right_row(result: Result) -> tuple[str, ...]:

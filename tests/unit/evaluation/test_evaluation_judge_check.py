@@ -206,4 +206,8 @@ def test_a_reading_without_any_verdict_is_named() -> None:
     assert found[0].accuracy is None
     assert found[0].cost.calls is None
     assert found[0].cost.spent.calls == 1
-    assert grids(CheckReport(None, "d", tuple(found), {}, {}, None))[1].rows[0][2:] == ("n/a",) * 4
+    report = CheckReport(None, "d", tuple(found), {}, {}, None)
+    assert grids(report)[1].rows[0][2:] == ("n/a",) * 4
+    assert any(
+        "1 records have none. In vain: 1 calls, 100 prompt and 2 answer tokens, " in line for line in remarks(report)
+    )
