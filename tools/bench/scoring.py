@@ -25,7 +25,7 @@ from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.evaluation.line_plot import draw
 from megatron_sip.evaluation.scoring_bench import REPORTED, TARGETS, Row, as_json, curves, measure, table
 
-DEFAULT_SEED = 20260
+DEFAULT_SEED = 71119
 """Constants of the plan were tuned on seeds below 1000; this one and the tests' are only reported."""
 
 
