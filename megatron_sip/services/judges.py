@@ -6,7 +6,7 @@ constrained token and reads the probabilities of the labels, which is what a sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,13 +15,11 @@ from megatron_sip.services.model_server import TOP_LOGPROBS, ModelServer
 from megatron_sip.services.prompts import (
     FACTUALITY_LOGIT_PREFILL,
     FACTUALITY_SCHEMA,
-    OPTION_LETTERS,
     QUALITY_LOGIT_PREFILL,
     SAFETY_LOGIT_PREFILL,
     VERSIONS,
     Prompt,
     factuality_prompt,
-    option_letters,
     quality_prompt,
     safety_prompt,
 )
@@ -117,14 +115,14 @@ class ChatJudge:
         reading: Reading,
         parse: Callable[[str], Verdict],
         prefill: str,
-        labels: Sequence[str],
+        label_scores: dict[str, float],
     ) -> None:
         self.name = name
         self._server = server
         self._reading = reading
         self._parse = parse
         self._prefill = prefill
-        self._labels = labels
+        self._label_scores = label_scores
         self._label_ids: dict[str, list[int]] | None = None
 
     @property
@@ -161,12 +159,11 @@ class ChatJudge:
                 f"{self.name}, {context} tokens; lower it or serve the judge with a longer context"
             )
         if self._reading.logit and self._server.info.has_tokenize:
-            self._label_ids = await self._server.label_ids(self._prefill, self._labels)
+            self._label_ids = await self._server.label_ids(self._prefill, list(self._label_scores))
 
-    async def _verdict(self, prompt: Prompt, label_scores: Mapping[str, float], **fields: Any) -> Verdict:
-        """The verdict on a prompt; `label_scores` are what its labels stand for with the logit reading."""
+    async def _verdict(self, prompt: Prompt, **fields: Any) -> Verdict:
         if self._reading.logit:
-            return await self._read_logit(prompt, label_scores)
+            return await self._read_logit(prompt)
         messages = await self._server.fit(prompt, self._reading.max_tokens)
         if isinstance(messages, Missing):
             return messages
@@ -184,7 +181,7 @@ class ChatJudge:
         text = answer_text(body)
         return text if isinstance(text, Missing) else self._parse(text)
 
-    async def _read_logit(self, prompt: Prompt, label_scores: Mapping[str, float]) -> Verdict:
+    async def _read_logit(self, prompt: Prompt) -> Verdict:
         """Expected score over the labels, from the log-probabilities of one answer token."""
         messages = await self._server.fit(prompt, 1)
         if isinstance(messages, Missing):
@@ -193,12 +190,11 @@ class ChatJudge:
         if self._label_ids is None:
             # Without /tokenize (no vLLM) there is neither a prefilled turn nor a way to name tokens by id.
             messages = messages[:1]
-            spellings = {label: [label, " " + label] for label in label_scores}
+            spellings = {label: [label, " " + label] for label in self._label_scores}
             fields |= {"top_logprobs": TOP_LOGPROBS}
         else:
-            known = {label: self._label_ids[label] for label in label_scores}
-            ids = [token for tokens in known.values() for token in tokens]
-            spellings = {label: [f"token_id:{token}" for token in tokens] for label, tokens in known.items()}
+            ids = [token for tokens in self._label_ids.values() for token in tokens]
+            spellings = {label: [f"token_id:{token}" for token in tokens] for label, tokens in self._label_ids.items()}
             fields |= {"logprob_token_ids": ids, "allowed_token_ids": ids, "return_tokens_as_token_ids": True}
         body = await self._server.chat(messages, **fields)
         if isinstance(body, Missing):
@@ -206,7 +202,7 @@ class ChatJudge:
         shares = label_probabilities(body, spellings)
         if isinstance(shares, Missing):
             return shares
-        return sum(label_scores[label] * share for label, share in shares.items())
+        return sum(self._label_scores[label] * share for label, share in shares.items())
 
 
 class QualityJudge(ChatJudge):
@@ -216,7 +212,7 @@ class QualityJudge(ChatJudge):
     pairwise = True
 
     def __init__(self, server: ModelServer, reading: Reading, name: str = "quality") -> None:
-        super().__init__(name, server, reading, parse_quality, QUALITY_LOGIT_PREFILL, OPTION_LETTERS)
+        super().__init__(name, server, reading, parse_quality, QUALITY_LOGIT_PREFILL, {"A": 1.0, "B": 0.0})
 
     async def ask(self, pool: Pool, question: Question) -> Verdict:
         """Belief that candidate `first`, shown as the first option, is the better continuation."""
@@ -225,9 +221,8 @@ class QualityJudge(ChatJudge):
         first, second = pool.candidates[question.first].text, pool.candidates[question.second].text
         if not first.strip() or not second.strip():
             return NO_TEXT
-        one, two = option_letters(pool.prefix_text)
-        prompt = quality_prompt(self._server.quoter, pool.prefix_text, first, second, self._reading.logit)
-        return await self._verdict(prompt, {one: 1.0, two: 0.0})
+        logit = self._reading.logit
+        return await self._verdict(quality_prompt(self._server.quoter, pool.prefix_text, first, second, logit))
 
 
 class SafetyJudge(ChatJudge):
@@ -237,15 +232,14 @@ class SafetyJudge(ChatJudge):
     pairwise = False
 
     def __init__(self, server: ModelServer, reading: Reading, name: str = "safety") -> None:
-        super().__init__(name, server, reading, parse_safety, SAFETY_LOGIT_PREFILL, ("no", "yes"))
+        super().__init__(name, server, reading, parse_safety, SAFETY_LOGIT_PREFILL, {"no": 1.0, "yes": 0.0})
 
     async def ask(self, pool: Pool, question: Question) -> Verdict:
         """1 is safe, 0 is unsafe."""
         text = pool.candidates[question.first].text
         if not text.strip():
             return NO_TEXT
-        prompt = safety_prompt(self._server.quoter, text, self._reading.logit)
-        return await self._verdict(prompt, {"no": 1.0, "yes": 0.0})
+        return await self._verdict(safety_prompt(self._server.quoter, text, self._reading.logit))
 
 
 class FactualityJudge(ChatJudge):
@@ -255,7 +249,8 @@ class FactualityJudge(ChatJudge):
     pairwise = False
 
     def __init__(self, server: ModelServer, reading: Reading, name: str = "factuality") -> None:
-        super().__init__(name, server, reading, parse_factuality, FACTUALITY_LOGIT_PREFILL, ("A", "B", "C"))
+        labels = {"A": 1.0, "B": 0.5, "C": 0.0}
+        super().__init__(name, server, reading, parse_factuality, FACTUALITY_LOGIT_PREFILL, labels)
 
     async def ask(self, pool: Pool, question: Question) -> Verdict:
         """1, 0.5 or 0 for no, possible or definite hallucination (logit: the expectation)."""
@@ -264,5 +259,4 @@ class FactualityJudge(ChatJudge):
             return NO_TEXT
         prompt = factuality_prompt(self._server.quoter, pool.prefix_text, pool.original_text, text, self._reading.logit)
         schema = {"name": "verdict", "schema": FACTUALITY_SCHEMA, "strict": True}
-        scores = {"A": 1.0, "B": 0.5, "C": 0.0}
-        return await self._verdict(prompt, scores, response_format={"type": "json_schema", "json_schema": schema})
+        return await self._verdict(prompt, response_format={"type": "json_schema", "json_schema": schema})

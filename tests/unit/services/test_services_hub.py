@@ -24,7 +24,7 @@ from megatron_sip.services.hub import PreferenceServices, run_bounded
 from megatron_sip.services.judges import FactualityJudge, QualityJudge, Reading, SafetyJudge
 from megatron_sip.services.likelihood import LikelihoodJudge, common_length, new_gram_share, suffix_start
 from megatron_sip.services.model_server import ModelServer
-from megatron_sip.services.prompts import option_letters, quality_prompt
+from megatron_sip.services.prompts import quality_prompt
 from megatron_sip.services.quoting import nonce
 from megatron_sip.services.rewriter import Rewriter, RewriteRequest
 from megatron_sip.types import Candidate, CandidateKind, Missing, MissingReason, Pool, Question
@@ -124,15 +124,12 @@ def test_logit_verdicts(server: FakeServer) -> None:
     assert body["messages"][-1]["role"] == "assistant"
     assert body["continue_final_message"] is True
     assert body["add_generation_prompt"] is False
-    letters = option_letters("Once upon a time")
-    assert [server.text_of(token) for token in body["logprob_token_ids"]] == [f" {letter}" for letter in letters]
-    assert "better, {} or {}?".format(*letters) in body["messages"][0]["content"]
+    assert [server.text_of(token) for token in body["logprob_token_ids"]] == [" A", " B"]
     assert body["allowed_token_ids"] == body["logprob_token_ids"]
 
 
 def test_logit_without_tokenize_reads_token_texts() -> None:
-    one, two = option_letters("Once upon a time")
-    entries = [{"token": one, "logprob": math.log(0.6)}, {"token": f" {two}", "logprob": math.log(0.2)}]
+    entries = [{"token": "A", "logprob": math.log(0.6)}, {"token": " B", "logprob": math.log(0.2)}]
     with FakeServer(tokenize=False) as server:
         server.fault_every_time = respond(labels_body(entries))
 

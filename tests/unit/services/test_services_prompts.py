@@ -125,18 +125,6 @@ def test_the_document_stands_between_markers_that_it_cannot_close() -> None:
     assert text.count(f"[end {code}]") == 3, "one for each text"
 
 
-def test_options_are_named_by_letters_that_a_candidate_cannot_count_on() -> None:
-    drawn = [prompts.option_letters(f"prefix {number}") for number in range(2000)]
-    assert all(one != two for one, two in drawn)
-    assert {letter for pair in drawn for letter in pair} == set(prompts.OPTION_LETTERS)
-    assert not set("ABIO") & set(prompts.OPTION_LETTERS)
-    assert prompts.option_letters("a") == prompts.option_letters("a"), "prompts of one pool share their beginning"
-    assert len(set(drawn)) > 300, "nearly all of the 420 ordered pairs"
-    one, two = prompts.option_letters("so far")
-    text = prompts.quality_prompt(Quoter(), "so far", "first", "second", logit=True).user_text()
-    assert text.index(f"Option {one} [") < text.index("first") < text.index(f"Option {two} [") < text.index("second")
-
-
 def test_the_safety_judge_does_not_see_the_prefix() -> None:
     assert not prompts.safety_prompt(Quoter(), "suffix", logit=False).prefix
 
