@@ -37,6 +37,15 @@ def judge_problems(config: Config) -> Iterator[str]:
     yield from _screens(active, config)
 
 
+def judge_set_problems(config: Config) -> list[str]:
+    """What is wrong with `--judge-set`, for an objective that asks no judge."""
+    try:
+        resolve_judges(config.judge)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
 def _weightless(judges: Sequence[JudgeSettings]) -> Iterator[str]:
     for settings in judges:
         if settings.own and settings.weight == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_sip.config.groups import Config
-from megatron_sip.config.validate_judges import judge_problems
+from megatron_sip.config.validate_judges import judge_problems, judge_set_problems
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.select import needs_scores
 from megatron_sip.services.build import needs_rewriter, rewriter_settings
@@ -17,6 +17,8 @@ def preference_problems(config: Config) -> list[str]:
     problems = []
     if needs_scores(config.training.objective):
         problems += [*_pool(config), *_scoring(config), *judge_problems(config)]
+    else:
+        problems += judge_set_problems(config)
     if needs_rewriter(config):
         problems += [*_server(rewriter_settings(config)), *_rewrites(config)]
     return problems

@@ -157,6 +157,7 @@ def test_layout_model_batch_and_folders(line: str, world_size: int, words: list[
             ["--judge-set safety.votes 3", "at --judge-temperature 0"],
         ),
         ("--judge-set safty.votes=5", ["no judge safty", "did you mean safety?"]),
+        ("--objective sft-rollout --judge-set safety.vots=5", ["did you mean votes?"]),
         ("--judge-set safety.votes=5", ["--judge-set names safety, whose weight is 0", "safety.weight"]),
         ("--judge-set quality.url=ftp://a", ["--judge-set quality.url", "http or https"]),
         ("--judge-set quality.interval=2", ["leave no judge", "--judge-set quality.interval"]),

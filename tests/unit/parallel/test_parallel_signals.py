@@ -15,8 +15,10 @@ from megatron_sip.parallel.signals import StopSignal
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """The handlers of the test runner, put back."""
+    """None is set aside, as under nohup or in a shell's background; those of the test runner are put back."""
     kept = {number: signal.getsignal(number) for number in signals.HANDLED}
+    for number in signals.HANDLED:
+        signal.signal(number, signal.SIG_DFL)
     wakeup = signal.set_wakeup_fd(-1)
     yield
     signal.set_wakeup_fd(wakeup)

@@ -47,7 +47,7 @@ def test_every_judge_asks_its_own_server_in_its_own_way() -> None:
             JudgeSpec("quality", pairwise=True, weight=1.0),
             JudgeSpec("safety", pairwise=False, weight=2.0, votes=3, tells_safety=True),
             JudgeSpec("reward", pairwise=False, weight=1.0),
-            JudgeSpec("quality-b", pairwise=True, weight=0.5, both_orders=True),
+            JudgeSpec("quality-b", pairwise=True, weight=0.5, both_orders=True, answers="probabilities", repeats=1),
         ]
         questions = [
             Question("quality", 0, 1),
