@@ -161,7 +161,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     base += ["--distributed-timeout-minutes", "1", "--stage-timeout", "50"]
     base += ["--metrics-file", f"{saved}/metrics.jsonl", "--sample-log", f"{saved}/samples.jsonl"]
     resumed = [*base, "--load", str(saved)]
-    with FakeServer(key=RIGHT_KEY) as guarded, FakeServer(max_model_len=170) as short, FakeServer() as broken:
+    with FakeServer(key=RIGHT_KEY) as guarded, FakeServer(max_model_len=205) as short, FakeServer() as broken:
         broken.fault_every_time = status(500)
         bad = bad_inputs(root, guarded, broken)
         commands = [Command("good", [*base, "--train-iters", "2"], str(saved))]

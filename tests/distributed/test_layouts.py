@@ -28,9 +28,17 @@ LAYOUTS = {
     "TP2 x PP2": (4, 2, 2, 0, 2),
     "TP2 x PP2 with sequence parallel": (4, 2, 2, 1, 2),
 }
+# What they add to the others is a combination, and they cost a minute on two cores.
+NIGHTLY = ("PP3 over 4 layers", "TP2 x PP2 with sequence parallel")
 
 
-@pytest.mark.parametrize(("world_size", "tp", "pp", "sp", "micro"), LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(
+    ("world_size", "tp", "pp", "sp", "micro"),
+    [
+        pytest.param(*layout, id=name, marks=[pytest.mark.nightly] if name in NIGHTLY else [])
+        for name, layout in LAYOUTS.items()
+    ],
+)
 def test_layout_equals_float64_and_one_process(
     folder: Path, world_size: int, tp: int, pp: int, sp: int, micro: int
 ) -> None:
