@@ -133,13 +133,13 @@ class ServiceClient:
             self.calls += 1
             while True:
                 await self._outage_is_over()
-                began = asyncio.get_running_loop().time()
-                answer = await self._until_deadline(request, began + self.settings.timeout)
+                deadline = asyncio.get_running_loop().time() + self.settings.timeout
+                answer = await self._until_deadline(request, deadline)
                 if not isinstance(answer, Failure):
                     self.usage.add(answer)
                     return answer
                 passing = answer.again or answer.server_at_fault
-                if self.settings.on_outage == "skip" or not passing or not await self._health.is_outage(since=began):
+                if self.settings.on_outage == "skip" or not passing or not await self._health.is_outage():
                     self.usage.add(answer.missing)
                     return answer.missing
 
