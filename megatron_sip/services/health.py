@@ -132,6 +132,7 @@ class Health:
                 complaints.append(f"{endpoint.base}: {complaint}")
                 if not endpoint.resting:
                     endpoint.rest(asyncio.get_running_loop().time())
+                self._nurse(endpoint)
         return complaints
 
     def _end_outage(self, endpoint: Endpoint) -> None:

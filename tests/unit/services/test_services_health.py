@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from megatron_sip.services.circuit import Endpoint
+from megatron_sip.services.circuit import FIRST_REST_SECONDS, Endpoint
 from megatron_sip.services.health import Health
 
 PROBE_SECONDS = 0.05
@@ -85,5 +85,23 @@ def test_probes_that_were_sent_before_a_call_failed_do_not_speak_for_it() -> Non
         assert not await early
         assert await asyncio.gather(*late) == [True] * 5
         assert probes.asked == ["a", "a"], "they share their probe"
+
+    watched(probes, run)
+
+
+def test_a_server_that_complains_at_the_roll_call_is_looked_after() -> None:
+    """Nothing else would end its rest while calls go to the others."""
+    probes = Probes(sick=["loading", "loading", None], well=[None])
+
+    async def run(health: Health, endpoints: list[Endpoint]) -> None:
+        assert not await health.is_outage()
+        sick = endpoints[0]
+        assert sick.resting
+        for _ in range(100):
+            await asyncio.sleep(FIRST_REST_SECONDS / 10)
+            if not sick.resting:
+                break
+        assert not sick.resting
+        assert probes.asked == ["sick", "well", "sick", "sick"]
 
     watched(probes, run)
