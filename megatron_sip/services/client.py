@@ -21,6 +21,7 @@ from megatron_sip.services.circuit import Endpoint, another, choose_endpoint
 from megatron_sip.services.endpoint import ClientSettings, parse_endpoints, read_key, tls_context
 from megatron_sip.services.health import Health
 from megatron_sip.services.hedging import may_hedge, race
+from megatron_sip.services.start_check import explain_failure, pick_model
 from megatron_sip.services.transport import Failure, exchange
 from megatron_sip.services.usage import Usage
 from megatron_sip.types import Missing, MissingReason
@@ -291,8 +292,8 @@ class ServiceClient:
         seconds = min(CHECK_SECONDS, self.settings.timeout)
         answer = await self._attempt(endpoint, _MODELS, seconds)
         if isinstance(answer, Failure):
-            raise ServiceError(self._explain(endpoint, answer))
-        entry = self._pick_model(endpoint, answer)
+            raise ServiceError(explain_failure(endpoint, answer, self.settings))
+        entry = pick_model(endpoint, answer, self.settings)
         length = entry.get("max_model_len")
         root = entry.get("root")
         return ServerInfo(
@@ -314,46 +315,6 @@ class ServiceClient:
                 )
             return False
         return isinstance(answer.get("tokens"), list)
-
-    def _pick_model(self, endpoint: Endpoint, answer: dict[str, Any]) -> dict[str, Any]:
-        """The entry of the wanted model in the answer of /models."""
-        flags = self.settings
-        entries = answer.get("data")
-        if not isinstance(entries, list):
-            raise ServiceError(
-                f"{endpoint.base} is no OpenAI-compatible server: /models lists nothing; check {flags.url_flag}"
-            )
-        served = {str(entry["id"]): entry for entry in entries if isinstance(entry, dict) and entry.get("id")}
-        listing = ", ".join(sorted(served)) or "none"
-        if flags.model is not None and flags.model not in served:
-            raise ServiceError(
-                f"{endpoint.base} serves no model {flags.model!r}; it serves: {listing}. "
-                f"Set {flags.model_flag} to one of them"
-            )
-        if flags.model is None and len(served) != 1:
-            raise ServiceError(
-                f"{endpoint.base} serves {len(served)} models ({listing}); name one with {flags.model_flag}"
-            )
-        return served[flags.model] if flags.model is not None else next(iter(served.values()))
-
-    def _explain(self, endpoint: Endpoint, failure: Failure) -> str:
-        """A start-up failure in words that name the way out."""
-        flags, detail = self.settings, failure.missing.detail
-        if failure.status in (401, 403):
-            return (
-                f"{endpoint.base} rejects the key ({detail}); "
-                f"set the environment variable {flags.key_variables[0]} to the server's key"
-            )
-        if failure.status == 404:
-            advice = f"the base URL of {flags.url_flag} usually ends in /v1"
-            return f"{endpoint.base}/models does not exist ({detail}); {advice}"
-        if failure.missing.reason is MissingReason.CONNECTION:
-            return f"cannot connect to {endpoint.base} ({detail}); start the server or correct {flags.url_flag}"
-        if failure.missing.reason is MissingReason.TIMEOUT:
-            return f"{endpoint.base} does not answer ({detail}); is it still loading, or is {flags.url_flag} wrong?"
-        if failure.missing.reason is MissingReason.MALFORMED:
-            return f"{endpoint.base} is no OpenAI-compatible server ({detail}); check host and port of {flags.url_flag}"
-        return f"{endpoint.base} cannot be used ({detail}); check {flags.url_flag}"
 
 
 def _counted(failure: Failure, attempts: int) -> Failure:
