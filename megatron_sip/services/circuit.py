@@ -52,6 +52,14 @@ class Endpoint:
         if not self.resting:
             self.rest(now)
 
+    def refused(self, now: float) -> None:
+        """It turned a question away as none of its business, and will do so again: the circuit opens at once.
+
+        It answers sooner than the others, so that as the least loaded one it would draw most of the calls.
+        """
+        self.failures = max(self.failures, TRIP_FAILURES - 1)
+        self.failed(now)
+
     def rest(self, now: float, longest: float = LONGEST_REST_SECONDS) -> None:
         """Rest, twice as long as the last time, until a probe finds the server well."""
         self.rests += 1

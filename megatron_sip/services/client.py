@@ -160,6 +160,7 @@ class ServiceClient:
         """Attempts until one is answered, the deadline is near or the retries are used up."""
         loop = asyncio.get_running_loop()
         tried: set[str] = set()
+        refused: set[str] = set()
         attempt = 0
         failure: Failure | None = None
         while True:
@@ -178,8 +179,11 @@ class ServiceClient:
                 return answer
             failure, attempt = answer, attempt + 1
             tried.add(endpoint.base)
+            if answer.refusal:
+                refused.add(endpoint.base)
+            again = answer.again or (answer.refusal and len(refused) < len(self._endpoints))
             pause = 0.0 if another(self._endpoints, loop.time(), tried) else self._backoff(attempt)
-            if last or not answer.again or loop.time() + pause >= deadline:
+            if last or not again or loop.time() + pause >= deadline:
                 return _counted(answer, attempt)
             if len(tried) == len(self._endpoints):
                 tried.clear()
@@ -239,7 +243,9 @@ class ServiceClient:
             return answer
         if answer.retry_after is not None:
             endpoint.hold(now, answer.retry_after)
-        if answer.server_at_fault:
+        if answer.refusal:
+            self._health.refused(endpoint, now)
+        elif answer.server_at_fault:
             self._health.failed(endpoint, now)
         elif answer.status == TOO_MANY_REQUESTS and answer.retry_after is None:
             self._health.limited(endpoint, now)
@@ -290,7 +296,7 @@ class ServiceClient:
 
     async def _check_one(self, endpoint: Endpoint) -> ServerInfo:
         seconds = min(CHECK_SECONDS, self.settings.timeout)
-        answer = await self._attempt(endpoint, _MODELS, seconds)
+        answer = await self._send(endpoint, _MODELS, seconds)
         if isinstance(answer, Failure):
             raise ServiceError(explain_failure(endpoint, answer, self.settings))
         entry = pick_model(endpoint, answer, self.settings)
@@ -306,7 +312,7 @@ class ServiceClient:
     async def _has_tokenize(self, endpoint: Endpoint, model: str, seconds: float) -> bool:
         """Whether /tokenize is there. ServiceError where that cannot be told: it decides how all verdicts are read."""
         body = json.dumps({"model": model, "prompt": "a", "add_special_tokens": False}).encode()
-        answer = await self._attempt(endpoint, _Request("/tokenize", body, at_root=True), seconds)
+        answer = await self._send(endpoint, _Request("/tokenize", body, at_root=True), seconds)
         if isinstance(answer, Failure):
             if answer.server_at_fault and answer.status != NOT_IMPLEMENTED:
                 raise ServiceError(

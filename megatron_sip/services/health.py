@@ -42,6 +42,12 @@ class Health:
         endpoint.failed(now)
         self._nurse(endpoint)
 
+    def refused(self, endpoint: Endpoint, now: float) -> None:
+        """The server refused a call for what it is itself; of the only one that tells nothing, since it is used on."""
+        if len(self._endpoints) > 1:
+            endpoint.refused(now)
+            self._nurse(endpoint)
+
     def limited(self, endpoint: Endpoint, now: float) -> None:
         """The server turned a call away for its rate, and did not say for how long."""
         if not endpoint.resting:
