@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -75,6 +76,7 @@ class ServiceClient:
         self._session: aiohttp.ClientSession | None = None
         self._jitter = random.Random()
         self._health = Health(self._endpoints, self._probe, settings.url_flag)
+        self._on_outage = settings.on_outage
         self._hide = self._key.hide_in if self._key else str
         self._tls = tls_context(settings) if any(e.base.startswith("https:") for e in self._endpoints) else None
         self.calls = 0
@@ -119,7 +121,16 @@ class ServiceClient:
     @property
     def waits_for(self) -> str | None:
         """What calls wait for, naming the servers; None while none waits. Safe to read from any thread."""
-        return self._health.outage if self.settings.on_outage == "wait" else None
+        return self._health.outage if self._on_outage == "wait" else None
+
+    @contextmanager
+    def in_a_hurry(self) -> Iterator[None]:
+        """Within it a call raises in an outage whatever `on_outage` says: what has not begun waits for nobody."""
+        self._on_outage = "stop"
+        try:
+            yield
+        finally:
+            self._on_outage = self.settings.on_outage
 
     async def post(self, path: str, body: Mapping[str, Any], at_root: bool = False) -> dict[str, Any] | Missing:
         """POST `body` to `path` below the base URL (`at_root`: beside /v1). Retries within one deadline.
@@ -127,7 +138,7 @@ class ServiceClient:
         With `on_outage` "wait" the deadline begins anew when a server is back.
 
         Raises:
-            ServiceError: no server answers, and `on_outage` is "stop".
+            ServiceError: no server answers, and `on_outage` is "stop" or the services are starting.
         """
         request = _Request(path, json.dumps(body).encode(), at_root)
         async with self._slots:
@@ -140,7 +151,7 @@ class ServiceClient:
                     self.usage.add(answer)
                     return answer
                 passing = answer.again or answer.server_at_fault
-                if self.settings.on_outage == "skip" or not passing or not await self._health.is_outage():
+                if self._on_outage == "skip" or not passing or not await self._health.is_outage():
                     self.usage.add(answer.missing)
                     return answer.missing
 
@@ -148,12 +159,12 @@ class ServiceClient:
         """Wait for a server, or raise, where calls are not to be missing for want of one."""
         if self._health.outage is None:
             return
-        if self.settings.on_outage == "stop":
+        if self._on_outage == "stop":
             raise ServiceError(
-                f"{self._health.outage}, and --judge-failure stop ends the run; start a server, then resume from the "
-                "last checkpoint"
+                f"{self._health.outage}; start a server, then start again (a run goes on from its last checkpoint, and "
+                "waits for a server with --judge-failure wait)"
             )
-        if self.settings.on_outage == "wait":
+        if self._on_outage == "wait":
             await self._health.wait()
 
     async def _until_deadline(self, request: _Request, deadline: float) -> dict[str, Any] | Failure:
@@ -191,7 +202,7 @@ class ServiceClient:
 
     def _outage_stops_retries(self) -> bool:
         """Whether it is known by now that they lead nowhere, and what comes of that is decided elsewhere."""
-        return self._health.outage is not None and self.settings.on_outage != "skip"
+        return self._health.outage is not None and self._on_outage != "skip"
 
     def _backoff(self, attempts: int) -> float:
         """Seconds before the next attempt where there is no other server to turn to."""
