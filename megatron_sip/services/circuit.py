@@ -7,7 +7,7 @@ it works the circuit is closed, if it fails the server rests for twice as long.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 TRIP_FAILURES = 5
@@ -45,6 +45,23 @@ class Endpoint:
     def tripped(self) -> bool:
         """Whether the circuit is open or half-open."""
         return self.failures >= TRIP_FAILURES
+
+    def enter(self) -> Callable[[], None]:
+        """Count a call in; what is returned counts it out again.
+
+        It belongs to the choice, without a turn of the event loop between: else all calls of a burst choose by the
+        same counts, and a half-open circuit lets all of them through.
+        """
+        self.calls += 1
+        self.in_flight += 1
+        trial = self.tripped and not self.on_trial
+        self.on_trial |= trial
+
+        def leave() -> None:
+            self.in_flight -= 1
+            self.on_trial &= not trial
+
+        return leave
 
     def failed(self, now: float) -> None:
         """A call failed, and it was the server's fault. Calls that fail while it rests do not make the rest longer."""

@@ -236,18 +236,18 @@ class ServiceClient:
 
         return await race(first, copy, after, lambda answer: not isinstance(answer, Failure))
 
-    async def _attempt(self, endpoint: Endpoint, request: _Request, seconds: float) -> dict[str, Any] | Failure:
-        """One exchange with one server, with its state kept."""
+    def _attempt(self, endpoint: Endpoint, request: _Request, seconds: float) -> asyncio.Task[dict[str, Any] | Failure]:
+        """One exchange with one server, which counts from now on, though it begins a turn of the loop later."""
         self.attempts += 1
-        endpoint.calls += 1
-        endpoint.in_flight += 1
-        trial = endpoint.tripped and not endpoint.on_trial
-        endpoint.on_trial |= trial
-        try:
-            answer = await self._send(endpoint, request, seconds)
-        finally:
-            endpoint.in_flight -= 1
-            endpoint.on_trial &= not trial
+        leave = endpoint.enter()
+        task = asyncio.create_task(self._exchange(endpoint, request, seconds))
+        # A task that is cancelled before its first turn runs no `finally` of its own.
+        task.add_done_callback(lambda _: leave())
+        return task
+
+    async def _exchange(self, endpoint: Endpoint, request: _Request, seconds: float) -> dict[str, Any] | Failure:
+        """One exchange, and what it tells of the server's health."""
+        answer = await self._send(endpoint, request, seconds)
         now = asyncio.get_running_loop().time()
         if not isinstance(answer, Failure):
             self._health.worked(endpoint, now)

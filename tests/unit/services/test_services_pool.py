@@ -196,6 +196,41 @@ def test_half_open_lets_one_call_through() -> None:
         with_client(settings(flaky.url, good.url, retries=2, concurrency=20), run)
 
 
+def test_half_open_lets_one_call_of_a_burst_through_where_copies_are_asked_for() -> None:
+    with FakeServer() as flaky, FakeServer() as good:
+        flaky.fault_every_time = status(500)
+
+        async def run(client: ServiceClient) -> None:
+            await at_once(client, 40)
+            before = len(flaky.requests)
+            flaky.fault_every_time = slow(0.1)
+            await until(lambda: not client._endpoints[0].resting)
+            assert await at_once(client, 20) == [GOOD] * 20
+            assert len(flaky.requests) == before + 1
+
+        with_client(settings(flaky.url, good.url, retries=2, concurrency=20, hedge_after=2.0), run)
+
+
+@pytest.mark.parametrize("hedge_after", [None, 2.0])
+def test_a_burst_is_spread_over_the_servers(hedge_after: float | None) -> None:
+    """Each call must see the choice of the one before, though none of them has begun."""
+    with FakeServer() as one, FakeServer() as two:
+        one.fault_every_time = two.fault_every_time = slow(0.1)
+
+        async def run(client: ServiceClient) -> None:
+            assert await at_once(client, 20) == [GOOD] * 20
+            assert (len(one.requests), len(two.requests)) == (10, 10)
+            calls = asyncio.create_task(at_once(client, 20))
+            await asyncio.sleep(0)  # the calls are made
+            await asyncio.sleep(0)  # and have chosen, but not begun
+            assert [endpoint.in_flight for endpoint in client._endpoints] == [10, 10]
+            calls.cancel()
+            await asyncio.wait([calls])
+            assert [endpoint.in_flight for endpoint in client._endpoints] == [0, 0]
+
+        with_client(settings(one.url, two.url, concurrency=20, hedge_after=hedge_after), run)
+
+
 def test_a_server_without_health_is_asked_for_its_models() -> None:
     with FakeServer() as server, FakeServer() as other:
         server.fault_every_time, server.health_handler = status(500), status(404)
