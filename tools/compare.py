@@ -90,6 +90,7 @@ def judge_config(args: argparse.Namespace) -> Config:
             judge_set=tuple(args.judge_set),
             judge_concurrency=args.judge_concurrency,
             judge_timeout=args.judge_timeout,
+            judge_failure="stop",
             allow_insecure_judge=args.allow_insecure_judge,
             quality_weight=1.0,
             likelihood_weight=1.0 if args.likelihood else 0.0,

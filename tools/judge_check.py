@@ -105,6 +105,7 @@ def judge_config(args: argparse.Namespace) -> JudgeConfig:
         judge_reasoning_effort=args.judge_reasoning_effort,
         judge_concurrency=args.judge_concurrency,
         judge_timeout=args.judge_timeout,
+        judge_failure="stop",
         allow_insecure_judge=args.allow_insecure_judge,
         classifier_path=str(args.classifiers_dir / "toxic-bilstm") if args.classifiers_dir else None,
     )

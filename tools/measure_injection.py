@@ -85,6 +85,7 @@ def measure(args: argparse.Namespace) -> Injection:
         judge_set=tuple(args.judge_set),
         judge_concurrency=args.judge_concurrency,
         judge_timeout=args.judge_timeout,
+        judge_failure="stop",
     )
     steps = Steps("the judge compares", len(duels))
     with PreferenceServices(Config(judge=judge)) as services:

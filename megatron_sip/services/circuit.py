@@ -7,7 +7,7 @@ it works the circuit is closed, if it fails the server rests for twice as long.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 TRIP_FAILURES = 5
@@ -46,11 +46,36 @@ class Endpoint:
         """Whether the circuit is open or half-open."""
         return self.failures >= TRIP_FAILURES
 
+    def enter(self) -> Callable[[], None]:
+        """Count a call in; what is returned counts it out again.
+
+        It belongs to the choice, without a turn of the event loop between: else all calls of a burst choose by the
+        same counts, and a half-open circuit lets all of them through.
+        """
+        self.calls += 1
+        self.in_flight += 1
+        trial = self.tripped and not self.on_trial
+        self.on_trial |= trial
+
+        def leave() -> None:
+            self.in_flight -= 1
+            self.on_trial &= not trial
+
+        return leave
+
     def failed(self, now: float) -> None:
         """A call failed, and it was the server's fault. Calls that fail while it rests do not make the rest longer."""
         self.failures += 1
         if not self.resting:
             self.rest(now)
+
+    def refused(self, now: float) -> None:
+        """It turned a question away as none of its business, and will do so again: the circuit opens at once.
+
+        It answers sooner than the others, so that as the least loaded one it would draw most of the calls.
+        """
+        self.failures = max(self.failures, TRIP_FAILURES - 1)
+        self.failed(now)
 
     def rest(self, now: float, longest: float = LONGEST_REST_SECONDS) -> None:
         """Rest, twice as long as the last time, until a probe finds the server well."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from megatron_sip.services.circuit import Endpoint, another, choose_endpoint
 from megatron_sip.services.endpoint import ClientSettings, parse_endpoints, read_key, tls_context
 from megatron_sip.services.health import Health
 from megatron_sip.services.hedging import may_hedge, race
+from megatron_sip.services.start_check import explain_failure, pick_model
 from megatron_sip.services.transport import Failure, exchange
 from megatron_sip.services.usage import Usage
 from megatron_sip.types import Missing, MissingReason
@@ -74,6 +76,7 @@ class ServiceClient:
         self._session: aiohttp.ClientSession | None = None
         self._jitter = random.Random()
         self._health = Health(self._endpoints, self._probe, settings.url_flag)
+        self._on_outage = settings.on_outage
         self._hide = self._key.hide_in if self._key else str
         self._tls = tls_context(settings) if any(e.base.startswith("https:") for e in self._endpoints) else None
         self.calls = 0
@@ -118,7 +121,16 @@ class ServiceClient:
     @property
     def waits_for(self) -> str | None:
         """What calls wait for, naming the servers; None while none waits. Safe to read from any thread."""
-        return self._health.outage if self.settings.on_outage == "wait" else None
+        return self._health.outage if self._on_outage == "wait" else None
+
+    @contextmanager
+    def in_a_hurry(self) -> Iterator[None]:
+        """Within it a call raises in an outage whatever `on_outage` says: what has not begun waits for nobody."""
+        self._on_outage = "stop"
+        try:
+            yield
+        finally:
+            self._on_outage = self.settings.on_outage
 
     async def post(self, path: str, body: Mapping[str, Any], at_root: bool = False) -> dict[str, Any] | Missing:
         """POST `body` to `path` below the base URL (`at_root`: beside /v1). Retries within one deadline.
@@ -126,20 +138,20 @@ class ServiceClient:
         With `on_outage` "wait" the deadline begins anew when a server is back.
 
         Raises:
-            ServiceError: no server answers, and `on_outage` is "stop".
+            ServiceError: no server answers, and `on_outage` is "stop" or the services are starting.
         """
         request = _Request(path, json.dumps(body).encode(), at_root)
         async with self._slots:
             self.calls += 1
             while True:
                 await self._outage_is_over()
-                began = asyncio.get_running_loop().time()
-                answer = await self._until_deadline(request, began + self.settings.timeout)
+                deadline = asyncio.get_running_loop().time() + self.settings.timeout
+                answer = await self._until_deadline(request, deadline)
                 if not isinstance(answer, Failure):
                     self.usage.add(answer)
                     return answer
                 passing = answer.again or answer.server_at_fault
-                if self.settings.on_outage == "skip" or not passing or not await self._health.is_outage(since=began):
+                if self._on_outage == "skip" or not passing or not await self._health.is_outage():
                     self.usage.add(answer.missing)
                     return answer.missing
 
@@ -147,18 +159,19 @@ class ServiceClient:
         """Wait for a server, or raise, where calls are not to be missing for want of one."""
         if self._health.outage is None:
             return
-        if self.settings.on_outage == "stop":
+        if self._on_outage == "stop":
             raise ServiceError(
-                f"{self._health.outage}, and --judge-failure stop ends the run; start a server, then resume from the "
-                "last checkpoint"
+                f"{self._health.outage}; start a server, then start again (a run goes on from its last checkpoint, and "
+                "waits for a server with --judge-failure wait)"
             )
-        if self.settings.on_outage == "wait":
+        if self._on_outage == "wait":
             await self._health.wait()
 
     async def _until_deadline(self, request: _Request, deadline: float) -> dict[str, Any] | Failure:
         """Attempts until one is answered, the deadline is near or the retries are used up."""
         loop = asyncio.get_running_loop()
         tried: set[str] = set()
+        refused: set[str] = set()
         attempt = 0
         failure: Failure | None = None
         while True:
@@ -177,8 +190,11 @@ class ServiceClient:
                 return answer
             failure, attempt = answer, attempt + 1
             tried.add(endpoint.base)
+            if answer.refusal:
+                refused.add(endpoint.base)
+            again = answer.again or (answer.refusal and len(refused) < len(self._endpoints))
             pause = 0.0 if another(self._endpoints, loop.time(), tried) else self._backoff(attempt)
-            if last or not answer.again or loop.time() + pause >= deadline:
+            if last or not again or loop.time() + pause >= deadline:
                 return _counted(answer, attempt)
             if len(tried) == len(self._endpoints):
                 tried.clear()
@@ -186,7 +202,7 @@ class ServiceClient:
 
     def _outage_stops_retries(self) -> bool:
         """Whether it is known by now that they lead nowhere, and what comes of that is decided elsewhere."""
-        return self._health.outage is not None and self.settings.on_outage != "skip"
+        return self._health.outage is not None and self._on_outage != "skip"
 
     def _backoff(self, attempts: int) -> float:
         """Seconds before the next attempt where there is no other server to turn to."""
@@ -220,25 +236,27 @@ class ServiceClient:
 
         return await race(first, copy, after, lambda answer: not isinstance(answer, Failure))
 
-    async def _attempt(self, endpoint: Endpoint, request: _Request, seconds: float) -> dict[str, Any] | Failure:
-        """One exchange with one server, with its state kept."""
+    def _attempt(self, endpoint: Endpoint, request: _Request, seconds: float) -> asyncio.Task[dict[str, Any] | Failure]:
+        """One exchange with one server, which counts from now on, though it begins a turn of the loop later."""
         self.attempts += 1
-        endpoint.calls += 1
-        endpoint.in_flight += 1
-        trial = endpoint.tripped and not endpoint.on_trial
-        endpoint.on_trial |= trial
-        try:
-            answer = await self._send(endpoint, request, seconds)
-        finally:
-            endpoint.in_flight -= 1
-            endpoint.on_trial &= not trial
+        leave = endpoint.enter()
+        task = asyncio.create_task(self._exchange(endpoint, request, seconds))
+        # A task that is cancelled before its first turn runs no `finally` of its own.
+        task.add_done_callback(lambda _: leave())
+        return task
+
+    async def _exchange(self, endpoint: Endpoint, request: _Request, seconds: float) -> dict[str, Any] | Failure:
+        """One exchange, and what it tells of the server's health."""
+        answer = await self._send(endpoint, request, seconds)
         now = asyncio.get_running_loop().time()
         if not isinstance(answer, Failure):
             self._health.worked(endpoint, now)
             return answer
         if answer.retry_after is not None:
             endpoint.hold(now, answer.retry_after)
-        if answer.server_at_fault:
+        if answer.refusal:
+            self._health.refused(endpoint, now)
+        elif answer.server_at_fault:
             self._health.failed(endpoint, now)
         elif answer.status == TOO_MANY_REQUESTS and answer.retry_after is None:
             self._health.limited(endpoint, now)
@@ -289,10 +307,10 @@ class ServiceClient:
 
     async def _check_one(self, endpoint: Endpoint) -> ServerInfo:
         seconds = min(CHECK_SECONDS, self.settings.timeout)
-        answer = await self._attempt(endpoint, _MODELS, seconds)
+        answer = await self._send(endpoint, _MODELS, seconds)
         if isinstance(answer, Failure):
-            raise ServiceError(self._explain(endpoint, answer))
-        entry = self._pick_model(endpoint, answer)
+            raise ServiceError(explain_failure(endpoint, answer, self.settings))
+        entry = pick_model(endpoint, answer, self.settings)
         length = entry.get("max_model_len")
         root = entry.get("root")
         return ServerInfo(
@@ -305,7 +323,7 @@ class ServiceClient:
     async def _has_tokenize(self, endpoint: Endpoint, model: str, seconds: float) -> bool:
         """Whether /tokenize is there. ServiceError where that cannot be told: it decides how all verdicts are read."""
         body = json.dumps({"model": model, "prompt": "a", "add_special_tokens": False}).encode()
-        answer = await self._attempt(endpoint, _Request("/tokenize", body, at_root=True), seconds)
+        answer = await self._send(endpoint, _Request("/tokenize", body, at_root=True), seconds)
         if isinstance(answer, Failure):
             if answer.server_at_fault and answer.status != NOT_IMPLEMENTED:
                 raise ServiceError(
@@ -314,46 +332,6 @@ class ServiceClient:
                 )
             return False
         return isinstance(answer.get("tokens"), list)
-
-    def _pick_model(self, endpoint: Endpoint, answer: dict[str, Any]) -> dict[str, Any]:
-        """The entry of the wanted model in the answer of /models."""
-        flags = self.settings
-        entries = answer.get("data")
-        if not isinstance(entries, list):
-            raise ServiceError(
-                f"{endpoint.base} is no OpenAI-compatible server: /models lists nothing; check {flags.url_flag}"
-            )
-        served = {str(entry["id"]): entry for entry in entries if isinstance(entry, dict) and entry.get("id")}
-        listing = ", ".join(sorted(served)) or "none"
-        if flags.model is not None and flags.model not in served:
-            raise ServiceError(
-                f"{endpoint.base} serves no model {flags.model!r}; it serves: {listing}. "
-                f"Set {flags.model_flag} to one of them"
-            )
-        if flags.model is None and len(served) != 1:
-            raise ServiceError(
-                f"{endpoint.base} serves {len(served)} models ({listing}); name one with {flags.model_flag}"
-            )
-        return served[flags.model] if flags.model is not None else next(iter(served.values()))
-
-    def _explain(self, endpoint: Endpoint, failure: Failure) -> str:
-        """A start-up failure in words that name the way out."""
-        flags, detail = self.settings, failure.missing.detail
-        if failure.status in (401, 403):
-            return (
-                f"{endpoint.base} rejects the key ({detail}); "
-                f"set the environment variable {flags.key_variables[0]} to the server's key"
-            )
-        if failure.status == 404:
-            advice = f"the base URL of {flags.url_flag} usually ends in /v1"
-            return f"{endpoint.base}/models does not exist ({detail}); {advice}"
-        if failure.missing.reason is MissingReason.CONNECTION:
-            return f"cannot connect to {endpoint.base} ({detail}); start the server or correct {flags.url_flag}"
-        if failure.missing.reason is MissingReason.TIMEOUT:
-            return f"{endpoint.base} does not answer ({detail}); is it still loading, or is {flags.url_flag} wrong?"
-        if failure.missing.reason is MissingReason.MALFORMED:
-            return f"{endpoint.base} is no OpenAI-compatible server ({detail}); check host and port of {flags.url_flag}"
-        return f"{endpoint.base} cannot be used ({detail}); check {flags.url_flag}"
 
 
 def _counted(failure: Failure, attempts: int) -> Failure:

@@ -28,6 +28,7 @@ class Health:
         self._name = name
         self._nurses: dict[str, asyncio.Task[None]] = {}
         self._roll_call: asyncio.Task[bool] | None = None
+        self._roll_began = 0.0
         self._outage: str | None = None
         self._over = asyncio.Event()
 
@@ -41,6 +42,12 @@ class Health:
         endpoint.failed(now)
         self._nurse(endpoint)
 
+    def refused(self, endpoint: Endpoint, now: float) -> None:
+        """The server refused a call for what it is itself; of the only one that tells nothing, since it is used on."""
+        if len(self._endpoints) > 1:
+            endpoint.refused(now)
+            self._nurse(endpoint)
+
     def limited(self, endpoint: Endpoint, now: float) -> None:
         """The server turned a call away for its rate, and did not say for how long."""
         if not endpoint.resting:
@@ -53,16 +60,24 @@ class Health:
         if self._outage is not None:
             self._end_outage(endpoint)
 
-    async def is_outage(self, since: float) -> bool:
-        """Whether no server answers: none has since that time of the loop, and now all fail a probe."""
-        if self._outage is not None:
-            return True
-        if any(endpoint.worked_at >= since for endpoint in self._endpoints):
-            return False
-        if self._roll_call is None or self._roll_call.done():
-            self._roll_call = asyncio.create_task(self._call_the_roll())
-        # Many calls fail at once and wait for the same probes; the end of one must not take them from the others.
-        return await asyncio.shield(self._roll_call)
+    async def is_outage(self) -> bool:
+        """Whether no server answers any more: all fail a probe now, and no call is answered meanwhile.
+
+        What was answered while the failed call was under way tells nothing: a long call that a dying server cut off
+        began before the last answer.
+        """
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        while self._outage is None:
+            if self._roll_call is None or self._roll_call.done():
+                self._roll_call, self._roll_began = asyncio.create_task(self._call_the_roll()), loop.time()
+            began = self._roll_began
+            # Many calls fail at once and wait for the same probes; the end of one must not take them from the others.
+            if await asyncio.shield(self._roll_call):
+                return True
+            if began >= asked:  # else the probes may have met a server that died after them, and this call with it
+                return False
+        return True
 
     async def wait(self) -> None:
         """Until the outage is over; at once where there is none."""
@@ -99,20 +114,32 @@ class Health:
             self._end_outage(endpoint)
 
     async def _call_the_roll(self) -> bool:
-        said = await asyncio.gather(*(self._probe(endpoint) for endpoint in self._endpoints))
-        now = asyncio.get_running_loop().time()
-        complaints: list[str] = []
-        for endpoint, complaint in zip(self._endpoints, said, strict=True):
-            if complaint is not None:
-                complaints.append(f"{endpoint.base}: {complaint}")
-                if not endpoint.resting:
-                    endpoint.rest(now)
-        if len(complaints) < len(self._endpoints):
+        """Whether an outage is declared. Where calls are answered during the probes, these are made once more."""
+        for _ in range(2):
+            began = asyncio.get_running_loop().time()
+            complaints = await self._complaints()
+            if len(complaints) < len(self._endpoints):
+                return False
+            if not any(endpoint.worked_at >= began for endpoint in self._endpoints):
+                break
+        else:
             return False
         self._outage = f"no server of {self._name} answers ({'; '.join(complaints)})"
         self._over.clear()
         logger.info("%s", self._outage)
         return True
+
+    async def _complaints(self) -> list[str]:
+        """What is wrong with which server, by a probe of each; those that complain rest."""
+        said = await asyncio.gather(*(self._probe(endpoint) for endpoint in self._endpoints))
+        complaints: list[str] = []
+        for endpoint, complaint in zip(self._endpoints, said, strict=True):
+            if complaint is not None:
+                complaints.append(f"{endpoint.base}: {complaint}")
+                if not endpoint.resting:
+                    endpoint.rest(asyncio.get_running_loop().time())
+                self._nurse(endpoint)
+        return complaints
 
     def _end_outage(self, endpoint: Endpoint) -> None:
         logger.info("%s of %s answers again", endpoint.base, self._name)

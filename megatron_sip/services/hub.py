@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -120,7 +121,7 @@ class PreferenceServices:
 
         Raises:
             ConfigError: the cache cannot be used.
-            ServiceError: a server cannot; with the way out.
+            ServiceError: a server cannot, or goes away meanwhile, whatever --judge-failure says; with the way out.
         """
         self._loop = BackgroundLoop()
         try:
@@ -131,12 +132,15 @@ class PreferenceServices:
             raise
 
     async def _start(self) -> None:
-        for server in self._distinct_servers():
-            await server.start()
-        if self._rewrite_server is not None:
-            await self._rewrite_server.start()
-        for judge in self._judges.values():
-            await judge.start()
+        servers = [*self._distinct_servers(), *([self._rewrite_server] if self._rewrite_server else [])]
+        with ExitStack() as starting:
+            # A server that dies between the check and the first questions must not keep whoever starts for ever.
+            for server in servers:
+                starting.enter_context(server.client.in_a_hurry())
+            for server in servers:
+                await server.start()
+            for judge in self._judges.values():
+                await judge.start()
 
     def submit_answers(self, pools: Sequence[Pool], questions: Sequence[Sequence[Question]]) -> Future[list[Answers]]:
         """Ask all questions at once. `questions[i]` speak of the distinct candidates of `pools[i]`.

@@ -16,6 +16,7 @@ from megatron_sip.types import Missing, MissingReason
 
 BODY_LIMIT = 1_000_000
 RETRY_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+REFUSALS = frozenset({401, 403, 404, 405, 407, 501})
 DETAIL_LIMIT = 300
 
 
@@ -28,6 +29,11 @@ class Failure:
     status: int | None = None
     retry_after: float | None = None
     server_at_fault: bool = False
+
+    @property
+    def refusal(self) -> bool:
+        """Whether it speaks of key, address or route, so that another server may well take the same question."""
+        return self.status is not None and (300 <= self.status < 400 or self.status in REFUSALS)
 
 
 async def exchange(

@@ -155,7 +155,7 @@ def test_stop_ends_the_run_at_once_and_names_the_server(outcomes: dict[str, tupl
     said = ranks[0].stderr + ranks[1].stderr
     assert said.count("megatron_sip: error: ") == 1
     assert f"no server of --judge-url answers ({url}: " in said
-    assert "--judge-failure stop ends the run" in said
+    assert "start a server, then start again (a run goes on from its last checkpoint" in said
     assert "paused" not in ranks[0].stdout
     made = lines_of(metrics)
     assert 2 <= len(made) < 50

@@ -95,9 +95,13 @@ class FakeServer:
     def close(self) -> None:
         """Go away: connections are cut, and new ones refused. A second call does nothing."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self._loop.call_soon_threadsafe(self.leave)
             self._thread.join(10)
             assert not self._thread.is_alive()
+
+    def leave(self) -> None:
+        """Begin to go away; for handlers, in the server's own loop."""
+        self._stop.set()
 
     async def _serve(self) -> None:
         app = web.Application(client_max_size=64_000_000)
@@ -266,6 +270,16 @@ async def hang(_request: web.Request) -> web.StreamResponse:
     """Never answer."""
     await asyncio.Event().wait()
     raise AssertionError("unreachable")
+
+
+def die(server: FakeServer) -> Handler:
+    """The server goes away instead of an answer, and takes the other calls with it."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        server.leave()
+        return await hang(request)
+
+    return handle
 
 
 async def drip(request: web.Request) -> web.StreamResponse:

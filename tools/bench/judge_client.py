@@ -169,7 +169,7 @@ async def _timed(
 
 
 def _services(url: str, server: psutil.Process, in_flight: int, calls: int) -> ClientCost:
-    judge = JudgeConfig(judge_url=(url,), judge_reading="logit", judge_concurrency=in_flight)
+    judge = JudgeConfig(judge_url=(url,), judge_reading="logit", judge_concurrency=in_flight, judge_failure="stop")
     config = Config(preference=PreferenceConfig(pool=("rollout",)), judge=judge)
     # Enough to open every connection, as in a run of which this is not the first step.
     warm_up = pools(1 + in_flight // len(questions()), seed=2)

@@ -200,6 +200,7 @@ async def run(args: argparse.Namespace) -> list[Measured]:
         judge_model=args.judge_model,
         judge_concurrency=args.concurrency,
         judge_timeout=args.timeout,
+        judge_failure="stop",
     )
     rows = []
     for _ in range(args.repeats):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer
+from fake_server import FakeServer, die
 
 from megatron_sip.evaluation.injection import (
     ATTACKS,
@@ -111,3 +111,15 @@ def test_the_tool_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "+0.000 [+0.000, +0.000]" in said.out
     assert "has 3 long enough documents, --num-duels asks for 9" in said.err
     assert json.loads(out.read_text())["duels"] == 3
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_goes_away_ends_the_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "held_out.jsonl"
+    text = " ".join(f"word{number}" for number in range(100))
+    file.write_text("".join(json.dumps({"text": f"{text} {number}"}) + "\n" for number in range(3)))
+    with FakeServer() as server:
+        server.script.append(die(server))
+        flags = ["--documents", str(file), "--judge-url", server.url, "--num-duels", "3"]
+        assert tool.main([*flags, "--prefix-characters", "200", "--suffix-characters", "200"]) == 1
+    assert "measure_injection: no server of --judge-url answers" in capsys.readouterr().err

@@ -79,6 +79,18 @@ def test_an_open_circuit_takes_no_calls_while_another_server_is_usable() -> None
     assert chosen(dead) == "dead", "where there is no other"
 
 
+def test_a_refusal_opens_the_circuit_at_once() -> None:
+    wrong, held = endpoint("wrong"), endpoint("held")
+    wrong.refused(0.0)
+    held.hold(0.0, 5.0)
+    assert wrong.tripped
+    assert chosen(wrong, held) == "held", "a call waits rather than be refused"
+    wrong.probed(True, 1.0)
+    assert chosen(wrong, held, now=1.0) == "wrong", "half-open: one call may find out"
+    wrong.worked(1.0)
+    assert not wrong.tripped
+
+
 def test_a_half_open_circuit_takes_one_call() -> None:
     mended, busy = endpoint("mended"), endpoint("busy", in_flight=3)
     trip(mended)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fake_server import FakeServer, Handler, hang, reset, respond, status
@@ -69,6 +69,35 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_verdict() -> None:
                 assert len(second.requests) == 30
 
         with_client(settings(server.url, retries=0, concurrency=10, on_outage="wait"), run)
+
+
+@pytest.mark.parametrize("policy", ["wait", "stop"])
+@pytest.mark.parametrize("retries", [0, 3])
+def test_calls_that_began_before_the_last_answer_are_cut_off_by_the_outage_all_the_same(
+    retries: int, policy: Literal["wait", "stop"]
+) -> None:
+    """Long calls: most of those in flight began before the last one that was answered."""
+    with ExitStack() as first:
+        server = first.enter_context(FakeServer())
+
+        async def run(client: ServiceClient) -> None:
+            server.fault_every_time = hang
+            calls = [asyncio.create_task(post(client)) for _ in range(20)]
+            await until(lambda: server.in_flight == 20)
+            server.fault_every_time = None
+            assert await post(client) == [GOOD]
+            await in_thread(first.close)
+            if policy == "stop":
+                assert all(
+                    isinstance(end, ServiceError) for end in await asyncio.gather(*calls, return_exceptions=True)
+                )
+                return
+            await until(lambda: client.waits_for is not None)
+            with FakeServer(port=server.port) as second:
+                assert await asyncio.gather(*calls) == [[GOOD]] * 20
+                assert len(second.requests) == 20
+
+        with_client(settings(server.url, retries=retries, concurrency=30, on_outage=policy), run)
 
 
 @pytest.mark.parametrize("fault", [status(500), reset, hang])

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 from aiohttp import web
-from fake_server import FakeServer, Handler, chat_body, drip, hang, raw, reset, respond, status
+from fake_server import FakeServer, Handler, chat_body, drip, hang, raw, redirect, reset, respond, status
 from test_services_client import KEY, settings, unused_port
 
 from megatron_sip.services import client as client_module
@@ -79,6 +79,75 @@ def test_a_server_that_fails_costs_no_verdict_while_another_is_well(fault: Handl
         assert len(good.requests) == 60
 
 
+@pytest.mark.parametrize("fault", [status(401), status(403), status(404), status(405), status(501), redirect("/x")])
+def test_a_server_that_refuses_everything_costs_no_verdict_and_draws_few_calls(fault: Handler) -> None:
+    """It refuses at once, so it is always the least loaded one."""
+    with FakeServer() as wrong, FakeServer() as good:
+        wrong.fault_every_time, good.fault_every_time = fault, slow(0.02)
+
+        async def run(client: ServiceClient) -> None:
+            assert await at_once(client, 200) == [GOOD] * 200
+            assert len(good.requests) == 200
+            assert len(wrong.requests) <= 15, "those of the first moment, and a trial after each rest"
+            wrong.fault_every_time = None
+            await until(lambda: not client._endpoints[0].resting)
+            while client._endpoints[0].tripped:
+                assert await post(client) == [GOOD]
+
+        with_client(settings(wrong.url, good.url, retries=1, concurrency=10), run)
+
+
+def test_a_call_that_one_server_refuses_waits_for_the_other() -> None:
+    with FakeServer() as wrong, FakeServer() as good:
+        wrong.fault_every_time = status(404)
+        good.script.append(status(429, {"Retry-After": "0.3"}))
+
+        async def run(client: ServiceClient) -> None:
+            client._endpoints[0].calls = 1  # the good one is asked first
+            assert await post(client) == [GOOD]
+            assert len(wrong.requests) == 1
+
+        with_client(settings(wrong.url, good.url, retries=2), run)
+
+
+def test_a_call_that_all_servers_refuse_is_missing_at_once() -> None:
+    with FakeServer() as one, FakeServer() as two:
+        one.fault_every_time = two.fault_every_time = status(401)
+
+        async def run(client: ServiceClient) -> None:
+            for answer in await post(client, 3):
+                assert isinstance(answer, Missing)
+                assert "401" in answer.detail
+            assert client.attempts == 6, "each is asked once for each call"
+            one.fault_every_time = two.fault_every_time = None
+            assert await post(client, 3) == [GOOD] * 3
+
+        with_client(settings(one.url, two.url, retries=5), run)
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_question_that_no_server_can_take_rests_none(code: int) -> None:
+    with FakeServer() as one, FakeServer() as two:
+        one.fault_every_time = two.fault_every_time = status(code)
+
+        async def run(client: ServiceClient) -> None:
+            await post(client, 10)
+            assert client.attempts == 10
+            assert not any(endpoint.resting for endpoint in client._endpoints)
+
+        with_client(settings(one.url, two.url, retries=5), run)
+
+
+def test_servers_without_tokenize_are_not_put_to_rest_by_the_check() -> None:
+    with FakeServer(tokenize=False) as one, FakeServer(tokenize=False) as two:
+
+        async def run(client: ServiceClient) -> None:
+            assert not (await client.check()).has_tokenize
+            assert not any(endpoint.resting for endpoint in client._endpoints)
+
+        with_client(settings(one.url, two.url), run)
+
+
 def test_an_open_circuit_is_left_alone_and_closes_after_recovery() -> None:
     with FakeServer() as flaky, FakeServer() as good:
         flaky.fault_every_time = flaky.health_handler = status(500)
@@ -125,6 +194,41 @@ def test_half_open_lets_one_call_through() -> None:
             await asyncio.wait([calls])
 
         with_client(settings(flaky.url, good.url, retries=2, concurrency=20), run)
+
+
+def test_half_open_lets_one_call_of_a_burst_through_where_copies_are_asked_for() -> None:
+    with FakeServer() as flaky, FakeServer() as good:
+        flaky.fault_every_time = status(500)
+
+        async def run(client: ServiceClient) -> None:
+            await at_once(client, 40)
+            before = len(flaky.requests)
+            flaky.fault_every_time = slow(0.1)
+            await until(lambda: not client._endpoints[0].resting)
+            assert await at_once(client, 20) == [GOOD] * 20
+            assert len(flaky.requests) == before + 1
+
+        with_client(settings(flaky.url, good.url, retries=2, concurrency=20, hedge_after=2.0), run)
+
+
+@pytest.mark.parametrize("hedge_after", [None, 2.0])
+def test_a_burst_is_spread_over_the_servers(hedge_after: float | None) -> None:
+    """Each call must see the choice of the one before, though none of them has begun."""
+    with FakeServer() as one, FakeServer() as two:
+        one.fault_every_time = two.fault_every_time = slow(0.1)
+
+        async def run(client: ServiceClient) -> None:
+            assert await at_once(client, 20) == [GOOD] * 20
+            assert (len(one.requests), len(two.requests)) == (10, 10)
+            calls = asyncio.create_task(at_once(client, 20))
+            await asyncio.sleep(0)  # the calls are made
+            await asyncio.sleep(0)  # and have chosen, but not begun
+            assert [endpoint.in_flight for endpoint in client._endpoints] == [10, 10]
+            calls.cancel()
+            await asyncio.wait([calls])
+            assert [endpoint.in_flight for endpoint in client._endpoints] == [0, 0]
+
+        with_client(settings(one.url, two.url, concurrency=20, hedge_after=hedge_after), run)
 
 
 def test_a_server_without_health_is_asked_for_its_models() -> None:

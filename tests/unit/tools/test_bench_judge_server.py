@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer, status
+from fake_server import FakeServer, die, status
 
 from megatron_sip.errors import DataError, ServiceError
 from megatron_sip.types import CandidateKind
@@ -133,6 +133,18 @@ def test_what_cannot_be_measured_is_one_line(corpus: Path, capsys: pytest.Captur
         server.models_handler = status(401)
         assert judge_server.main(flags) == 1
         assert "rejects the key" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_goes_away_ends_the_bench(
+    corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_server, "fetch", lambda _url: ServerCounters(0.0, 0.0, 0.0, 0.0))
+    with FakeServer() as server:
+        server.script.append(die(server))
+        flags = ["--judge-url", server.url, "--text", str(corpus), "--prefix-words", "4", "--suffix-words", "5"]
+        assert judge_server.main([*flags, "--pools", "2", "--candidates", "3", "--arms", "quality"]) == 1
+    assert "judge_server: no server of --judge-url answers" in capsys.readouterr().err
 
 
 def test_the_entry_knows_its_parts(capsys: pytest.CaptureFixture[str]) -> None:

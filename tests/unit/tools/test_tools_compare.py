@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_server import FakeServer
+from fake_server import FakeServer, die
 from tiny_corpus import documents, make_corpus
 
 from tools import compare, held_out_loss
@@ -124,6 +124,16 @@ def test_a_server_that_refuses_ends_the_comparison_with_one_line(place: Path, tm
     assert "JUDGE_API_KEY" in done.stderr
     assert "wrong-key" not in done.stderr + done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_goes_away_ends_the_comparison(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeServer() as server:
+        server.script.append(die(server))
+        assert compare.main(flags_of(place, server.url, tmp_path / "out")) == 1
+    assert "compare: no server of --judge-url answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--judge-concurrency", "--num-prefixes", "--judge-timeout"])

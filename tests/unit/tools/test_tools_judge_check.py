@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from fake_server import FakeServer, chat_body, labels_body, raw
+from fake_server import FakeServer, chat_body, die, labels_body, raw
 from tiny_corpus import documents, make_corpus
 
 from megatron_sip.evaluation.judge_check import ALL_SETS
@@ -132,6 +132,16 @@ def test_a_judge_that_never_answers_is_told_and_fails(
     said = capsys.readouterr()
     assert "1 of 1 verdicts are missing (http status 1); 1 records have none" in said.out
     assert "no verdict at all from factuality logit" in said.err
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_goes_away_ends_the_check(
+    server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run waits for it; who checks a judge wants to know."""
+    server.script.extend([judge, judge, die(server)])
+    assert judge_check.main(["--pairs", write(tmp_path, PAIRS), "--judge-url", server.url, "--readings", "logit"]) == 1
+    assert f"judge_check: no server of --judge-url answers ({server.url}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
