@@ -34,7 +34,19 @@ from megatron_sip.services.hub import PreferenceServices, distinct_pool
 from megatron_sip.services.rewriter import RewriteRequest
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.judged import JudgeWatch
-from megatron_sip.types import Answers, Candidate, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
+from megatron_sip.types import (
+    Answers,
+    Candidate,
+    CandidateKind,
+    Cut,
+    Missing,
+    NoPair,
+    Pair,
+    Pool,
+    PreferenceBatch,
+    Question,
+    Scores,
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ class PreferenceMaker:
         with stage("judge", *where):
             pools, absent = self._pools(cuts, rollouts, rewrites)
             scores, verdicts = self._score(pools, iteration)
-            self._watch.check(cuts, self.services)
+            self._watch.check(cuts, self.services, [] if rewrites is None else _lost_rewrites(pools, absent))
         pairs = [
             choose(self.config.training.objective, pool, own, self.config.training.seed)
             for pool, own in zip(pools, scores, strict=True)
@@ -308,3 +320,12 @@ class PreferenceMaker:
         )
         scores = screened_scores(stopped, len(unique), planned, answers, judges, combined)
         return apply_bonus(unique.spread(scores), pool, preference, iteration)
+
+
+def _lost_rewrites(pools: Sequence[Pool], absent: Sequence[Sequence[Missing]]) -> list[Missing | None]:
+    """Of each pool for which a rewrite was asked why it has none; None where it has one."""
+    # What is missing stands in the order of the pool, in which only the original, never missing, is before the rewrite.
+    return [
+        None if any(candidate.kind is CandidateKind.REWRITE for candidate in pool.candidates) else missing[0]
+        for pool, missing in zip(pools, absent, strict=True)
+    ]
