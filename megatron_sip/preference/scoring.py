@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Protocol
 
 from megatron_sip.config.groups import ScoringMethod
-from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings, plan_together
+from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings
 from megatron_sip.preference.draw import Purpose, draw_index
 from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.types import Answers, Candidate, CandidateKind, Question, Scores, Verdict
@@ -152,12 +152,3 @@ def plan_scoring(
         if judge.weight > 0:
             questions += pairs(judge) if judge.pairwise else pointwise(size, judge)
     return OneRound(tuple(questions))
-
-
-def next_rounds(plans: Sequence[ScoringPlan], answers: Sequence[Answers]) -> list[list[Question]]:
-    """The next round of every plan of a batch; adaptive plans of equal pools are worked out together."""
-    adaptive = {index: plan for index, plan in enumerate(plans) if isinstance(plan, AdaptivePlan)}
-    together = iter(plan_together(list(adaptive.values()), [answers[index] for index in adaptive]))
-    return [
-        next(together) if index in adaptive else plan.next_round(answers[index]) for index, plan in enumerate(plans)
-    ]

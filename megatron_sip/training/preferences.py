@@ -25,7 +25,8 @@ from megatron_sip.preference.combine import combine
 from megatron_sip.preference.curriculum import active_rollouts, apply_bonus
 from megatron_sip.preference.fitted import scores_for
 from megatron_sip.preference.pool import build_pool
-from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, next_rounds, plan_scoring
+from megatron_sip.preference.rounds import next_rounds
+from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
 from megatron_sip.preference.screen import Screen, ScreenedPlan, screened_scores
 from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling

@@ -15,7 +15,8 @@ from megatron_sip.evaluation.simulated_judge import JudgeModel, SimulatedJudge
 from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings, adaptive_settings, plan_together
 from megatron_sip.preference.combine import combine
 from megatron_sip.preference.fitted import FittedScores
-from megatron_sip.preference.scoring import distinct, next_rounds, plan_scoring, pointwise
+from megatron_sip.preference.rounds import next_rounds
+from megatron_sip.preference.scoring import distinct, plan_scoring, pointwise
 from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.types import Answers, Candidate, CandidateKind, Missing, MissingReason, Question, Verdict
 
