@@ -124,10 +124,12 @@ def plan_scoring(
     seed: int,
     sample_index: int,
     adaptive: AdaptiveSettings | None = None,
+    bonus: Sequence[float] = (),
 ) -> ScoringPlan:
     """The plan for one pool. Judges of weight 0 are not asked; one candidate alone is not asked about at all.
 
-    `adaptive` are the settings of the method of that name (default its defaults).
+    `adaptive` are the settings of the method of that name (default its defaults); it looks for best and worst of
+    the totals that have the `bonus` of each candidate (default none) in them.
     """
     size = len(unique)
     if size < 2:
@@ -135,7 +137,9 @@ def plan_scoring(
     if method == "adaptive":
         asked = tuple(judge for judge in judges if judge.weight > 0)
         single = tuple(question for judge in asked if not judge.pairwise for question in pointwise(size, judge))
-        return AdaptivePlan(size, asked, single, adaptive or AdaptiveSettings(), seed, sample_index)
+        # Copies share a place in the plan. The first has the bonus if any has: rollouts, which have none, come last.
+        extra = tuple(bonus[index] for index in unique.members) if any(bonus) else ()
+        return AdaptivePlan(size, asked, single, adaptive or AdaptiveSettings(), seed, sample_index, extra)
     pairs: Callable[[JudgeSpec], list[Question]]
     if method == "pivot":
         pivot = choose_pivot(candidates, unique, seed=seed, sample_index=sample_index)

@@ -22,7 +22,7 @@ from megatron_sip.parallel.world import World
 from megatron_sip.preference.adaptive import adaptive_settings
 from megatron_sip.preference.collate import collate, ntp_batch
 from megatron_sip.preference.combine import combine
-from megatron_sip.preference.curriculum import active_rollouts, apply_bonus
+from megatron_sip.preference.curriculum import active_rollouts, apply_bonus, score_bonus
 from megatron_sip.preference.fitted import scores_for
 from megatron_sip.preference.pool import build_pool
 from megatron_sip.preference.rounds import next_rounds
@@ -261,7 +261,7 @@ class PreferenceMaker:
         if not needs_scores(self.config.training.objective):
             return [None] * len(pools), {}
         judges = self.services.judges(iteration) if self.services else []
-        plans = [self._plan(pool, judges) for pool in pools]
+        plans = [self._plan(pool, judges, iteration) for pool in pools]
         answers: list[Answers] = [{} for _ in pools]
         while True:
             questions = next_rounds(plans, answers)
@@ -284,7 +284,7 @@ class PreferenceMaker:
             metrics |= fitted_bias([len(distinct(pool.candidates)) for pool in pools], answers, judges)
         return scores, metrics
 
-    def _plan(self, pool: Pool, judges: Sequence[JudgeSpec]) -> ScoringPlan:
+    def _plan(self, pool: Pool, judges: Sequence[JudgeSpec], iteration: int) -> ScoringPlan:
         def plan(candidates: Sequence[Candidate]) -> ScoringPlan:
             return plan_scoring(
                 self.config.preference.scoring,
@@ -294,6 +294,7 @@ class PreferenceMaker:
                 seed=self.config.training.seed,
                 sample_index=pool.sample_index,
                 adaptive=adaptive_settings(self.config.preference),
+                bonus=[score_bonus(self.config.preference, candidate.kind, iteration) for candidate in candidates],
             )
 
         if not self._screen:
