@@ -31,7 +31,7 @@ def judge_problems(config: Config) -> Iterator[str]:
     yield from _servers(active, config.judge)
     yield from _calls(active, config.judge)
     yield from _intervals(active, config.judge)
-    yield from _votes(active, config.judge)
+    yield from vote_problems(active, config.judge)
     for settings in active:
         yield from _single(settings)
     yield from _screens(active, config)
@@ -97,7 +97,7 @@ def _intervals(active: Sequence[JudgeSettings], judge: JudgeConfig) -> Iterator[
         )
 
 
-def _votes(active: Sequence[JudgeSettings], judge: JudgeConfig) -> Iterator[str]:
+def vote_problems(active: Sequence[JudgeSettings], judge: JudgeConfig) -> Iterator[str]:
     """Several votes on a question that is always answered the same."""
     chats = [settings for settings in active if settings.kind in CHAT_KINDS]
     for settings in chats:
