@@ -10,7 +10,7 @@ because another reading of the same weights is not another judge. Several judges
 
     ... --judge-set quality-b.kind=quality quality-b.url=http://127.0.0.1:8200/v1 reward.weight=1 reward.url=...
 
-Keys come from JUDGE_API_KEY, or from NAME_JUDGE_API_KEY for a single judge.
+Keys come from JUDGE_API_KEY for the hosts of --judge-url, or from NAME_JUDGE_API_KEY for a single judge.
 """
 
 from __future__ import annotations

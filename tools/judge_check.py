@@ -10,8 +10,8 @@ single fields of single judges as in a run. A reward model ranks the pairs and s
 
     ... --readings reward --judge-set reward.url=http://127.0.0.1:8200/v1 reward.offset=2.5
 
-Keys come from JUDGE_API_KEY, or from NAME_JUDGE_API_KEY for a judge with a url of its own. Exit status 1 where nothing
-could be checked or a reading gave no verdict at all.
+Keys come from JUDGE_API_KEY for the hosts of --judge-url, or from NAME_JUDGE_API_KEY for a single judge. Exit status 1
+where nothing could be checked or a reading gave no verdict at all.
 """
 
 from __future__ import annotations
