@@ -10,7 +10,7 @@ because another reading of the same weights is not another judge. Several judges
 
     ... --judge-set quality-b.kind=quality quality-b.url=http://127.0.0.1:8200/v1 reward.weight=1 reward.url=...
 
-Keys come from JUDGE_API_KEY, or from NAME_JUDGE_API_KEY for a single judge.
+Keys come from JUDGE_API_KEY for the hosts of --judge-url, or from NAME_JUDGE_API_KEY for a single judge.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.console import Console
 from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.config.judge_set import CHAT_KINDS, active_judges
 from megatron_sip.config.numbers import seconds, whole_number
+from megatron_sip.config.validate_judges import vote_problems
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.evaluation.arms import Arm, load_policy, parse_arms, write_greedily
@@ -81,8 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def judge_config(args: argparse.Namespace) -> Config:
-    """Settings of a quality judge, of a likelihood judge if asked for, and of what --judge-set adds."""
-    return Config(
+    """Settings of a quality judge, of a likelihood judge if asked for, and of what --judge-set adds.
+
+    ConfigError for an entry that cannot be read, and for votes on a question that is always answered the same.
+    """
+    config = Config(
         judge=JudgeConfig(
             judge_url=tuple(args.judge_url),
             judge_model=args.judge_model,
@@ -96,6 +100,10 @@ def judge_config(args: argparse.Namespace) -> Config:
             likelihood_weight=1.0 if args.likelihood else 0.0,
         )
     )
+    problems = list(vote_problems(active_judges(config.judge), config.judge))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
 
 
 def write_all(
@@ -133,8 +141,10 @@ def readers_of(config: Config, models: dict[str, str]) -> list[Reader]:
         else:
             how = {"logit": "one-token verdicts", "generate": "written verdicts"}[settings.reading]
             of_kind = name if name == settings.kind else f"{name} ({settings.kind})"
+            votes = settings.votes if settings.kind in CHAT_KINDS else 1
+            how += f", {votes} votes" if votes > 1 else ""
             label = f"{name} ({how})" if settings.kind in CHAT_KINDS else of_kind
-            readers.append(Reader(name, label, model, pairwise=settings.pairwise))
+            readers.append(Reader(name, label, model, pairwise=settings.pairwise, votes=votes))
     return readers
 
 

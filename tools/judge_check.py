@@ -5,8 +5,13 @@
 
 Each line of --pairs is a pair (prefix, good, bad) or a text (text, label; for factuality also prefix and suffix), with
 the name of its set in "set"; tools/make_judge_pairs.py makes such a file. Quality is asked in both orders and reported
-for the seeded order alone as well. The judges are those of training, with their prompts and parsing. The key comes
-from JUDGE_API_KEY. Exit status 1 where nothing could be checked or a reading gave no verdict at all.
+for the seeded order alone as well. The judges are those of training, with their prompts and parsing; --judge-set sets
+single fields of single judges as in a run. A reward model ranks the pairs and scores the texts:
+
+    ... --readings reward --judge-set reward.url=http://127.0.0.1:8200/v1 reward.offset=2.5
+
+Keys come from JUDGE_API_KEY for the hosts of --judge-url, or from NAME_JUDGE_API_KEY for a single judge. Exit status 1
+where nothing could be checked or a reading gave no verdict at all.
 """
 
 from __future__ import annotations
@@ -26,7 +31,6 @@ from megatron_sip.config.groups import JudgeConfig
 from megatron_sip.config.numbers import amount, seconds, share, whole_number
 from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.evaluation.checked_judges import (
-    CLASSIFIERS,
     READINGS,
     CheckedService,
     ReadingName,
@@ -59,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pairs", type=Path, required=True, help="JSONL of labelled pairs and texts")
     add("--judge-url", nargs="+", default=(), help="base URLs of the judge's servers")
     add("--judge-model", help="model name on the server (default: the only one)")
+    add("--judge-set", nargs="+", default=[], metavar="NAME.FIELD=VALUE", help="single judges, as in a run")
     add(
         "--readings",
         nargs="+",
@@ -88,8 +93,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def judge_config(args: argparse.Namespace) -> JudgeConfig:
     """The judge's settings, without weights. ConfigError where a reading lacks what it needs."""
-    if not args.judge_url and set(args.readings) - set(CLASSIFIERS):
-        raise ConfigError(f"--readings {' '.join(args.readings)} ask a server: give its base URL with --judge-url")
     if "toxic-bilstm" in args.readings and args.classifiers_dir is None:
         raise ConfigError(
             "--readings toxic-bilstm needs --classifiers-dir, the folder that holds toxic-bilstm/; "
@@ -98,6 +101,7 @@ def judge_config(args: argparse.Namespace) -> JudgeConfig:
     return JudgeConfig(
         judge_url=tuple(args.judge_url),
         judge_model=args.judge_model,
+        judge_set=tuple(args.judge_set),
         judge_max_context=args.judge_max_context,
         judge_temperature=args.judge_temperature,
         judge_top_p=args.judge_top_p,
@@ -125,23 +129,24 @@ def check(args: argparse.Namespace) -> CheckReport:
     """The whole check. Raises SipError for what the user can mend."""
     judge, prices = judge_config(args), prices_of(args)
     records = read_labelled(args.pairs)
-    readings = readings_of(args.readings, {record.kind for record in records}, args.votes, not args.one_order)
+    readings = readings_of(args.readings, {record.kind for record in records}, args.votes, not args.one_order, judge)
     for path, flag in ((args.json, "--json"), (args.report, "--report")):
         if path is not None:
             write_file(path, "", flag, "a")  # what cannot be written shows before the judge is asked, not after
     results: list[Result] = []
-    model: str | None = None
+    models: list[str] = []
     for name, reading in readings:
         found, served = _check_one(name, reading, records, judge, prices, args)
         results += found
-        model = model or served
+        models += [] if served is None else [served]
     return CheckReport(
-        model=model,
+        model=", ".join(dict.fromkeys(models)) or None,
         date=time.strftime("%Y-%m-%d"),
         results=tuple(results),
         versions={reading.label: reading.version for _, reading in readings},
         settings={
             "pairs": str(args.pairs),
+            "judge_set": args.judge_set,
             "votes": args.votes,
             "limit": args.limit,
             "temperature": args.judge_temperature,

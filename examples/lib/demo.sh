@@ -28,9 +28,32 @@ demo_settings() {
     GPUS_PER_NODE=$TP NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1
 }
 
+# scoring_args : who competes, who judges, and what is asked.
+scoring_args() {
+    SCORING_ARGS=(
+        --pool original rewrite rollout
+        --num-rollouts "$ROLLOUTS"
+        --likelihood-weight 10
+        --likelihood-interval 5
+        --classifier-weight 1
+        --classifier profanity-check
+        --quality-weight 1
+        --scoring adaptive
+        --adaptive-budget "$((3 * (ROLLOUTS + 2)))"
+        --adaptive-rounds 2
+        --judge-interval "$JUDGE_INTERVAL"
+        --judge-reading logit
+        --rewrite-interval "$REWRITE_INTERVAL"
+        --rewriter-temperature 0.2
+        --rewriter-max-tokens "$SUFFIX"
+    )
+}
+
 # keep_settings : a folder that was made with other settings is not continued.
 keep_settings() {
-    local now="steps $NTP_STEPS+$SIP_STEPS, prefixes $SIP_PREFIXES, K $ROLLOUTS, TP $TP, data $DATA_DIR, flags $*"
+    scoring_args
+    local now="steps $NTP_STEPS+$SIP_STEPS, prefixes $SIP_PREFIXES, TP $TP, data $DATA_DIR, scoring ${SCORING_ARGS[*]}"
+    now+=", flags $*"
     local file=$RUN_DIR/settings
     if [[ ${FRESH:-0} == 1 && -e $RUN_DIR ]]; then
         [[ -f $file ]] ||
@@ -180,22 +203,9 @@ self_improve() {
     on_cuts
     load_args "$RUN_DIR/sip" "$RUN_DIR/base"
     TRAINING_ARGS+=(--objective online-dpo --train-iters "$1")
+    scoring_args
     SIP_ARGS=(
-        --pool original rewrite rollout
-        --num-rollouts "$ROLLOUTS"
-        --likelihood-weight 10
-        --likelihood-interval 5
-        --classifier-weight 1
-        --classifier profanity-check
-        --quality-weight 1
-        --scoring adaptive
-        --adaptive-budget "$((3 * (ROLLOUTS + 2)))"
-        --adaptive-rounds 2
-        --judge-interval "$JUDGE_INTERVAL"
-        --judge-reading logit
-        --rewrite-interval "$REWRITE_INTERVAL"
-        --rewriter-temperature 0.2
-        --rewriter-max-tokens "$SUFFIX"
+        "${SCORING_ARGS[@]}"
         --judge-concurrency 32
         --judge-timeout 300
         "${JUDGE_ARGS[@]}" "${REWRITER_ARGS[@]}"

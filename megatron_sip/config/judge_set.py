@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from megatron_sip.config.fields import flag_of, looks_secret, nearest, without_secrets
 from megatron_sip.config.groups import JudgeConfig
@@ -44,6 +45,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 # The journal keeps rewrites beside verdicts, by the name of who answered.
 _TAKEN_NAME = "rewriter"
 _WEIGHT_OF_A_NEW_JUDGE = 1.0
+_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class JudgeSettings:
 
     `url` are base URLs; `timeout` is in seconds. A field that its kind does not use holds the setting for all.
     `votes` is 1 where the same question again would have the same answer, whatever `wanted_votes` says. `own` names
-    the fields that `--judge-set` gave for this very judge.
+    the fields that `--judge-set` gave for this very judge. `shares_key` tells whether all its servers are hosts of
+    `--judge-url`, whose key they may know.
     """
 
     name: str
@@ -81,6 +84,7 @@ class JudgeSettings:
     classifier: Literal["profanity-check", "toxic-bilstm"]
     classifier_path: str | None
     own: frozenset[str] = frozenset()
+    shares_key: bool = True
 
     @property
     def pairwise(self) -> bool:
@@ -95,7 +99,7 @@ class JudgeSettings:
     @property
     def key_variables(self) -> tuple[str, ...]:
         """Environment variables that may hold its key, the first that is set counts; there is no other place."""
-        return _key_variable(self.name), "JUDGE_API_KEY"
+        return (_key_variable(self.name), "JUDGE_API_KEY") if self.shares_key else (_key_variable(self.name),)
 
     def flag(self, field: str) -> str:
         """Where the value of `field` comes from, for messages."""
@@ -177,7 +181,18 @@ def _resolve(judge: JudgeConfig, name: str, kind: JudgeKind, given: Mapping[str,
         values["votes"] = 1
     if values["option_order"] == "auto":
         values["option_order"] = "both" if values["reading"] == "logit" else "random"
-    return JudgeSettings(name=name, kind=kind, own=frozenset(own), **values)
+    shares_key = {_host(url) for url in values["url"]} <= {_host(url) for url in judge.judge_url}
+    return JudgeSettings(name=name, kind=kind, own=frozenset(own), shares_key=shares_key, **values)
+
+
+def _host(url: str) -> tuple[str, str, int] | str:
+    """Scheme, host and port of a base URL; a text that is no URL stands for itself."""
+    try:
+        parts = urlsplit(url.strip())
+        port = parts.port or _PORTS[parts.scheme]
+    except (ValueError, KeyError):
+        return url
+    return parts.scheme, parts.hostname or "", port
 
 
 def _flat(kind: JudgeKind, field: str) -> str:

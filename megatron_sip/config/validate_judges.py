@@ -31,7 +31,7 @@ def judge_problems(config: Config) -> Iterator[str]:
     yield from _servers(active, config.judge)
     yield from _calls(active, config.judge)
     yield from _intervals(active, config.judge)
-    yield from _votes(active, config.judge)
+    yield from vote_problems(active, config.judge)
     for settings in active:
         yield from _single(settings)
     yield from _screens(active, config)
@@ -97,7 +97,7 @@ def _intervals(active: Sequence[JudgeSettings], judge: JudgeConfig) -> Iterator[
         )
 
 
-def _votes(active: Sequence[JudgeSettings], judge: JudgeConfig) -> Iterator[str]:
+def vote_problems(active: Sequence[JudgeSettings], judge: JudgeConfig) -> Iterator[str]:
     """Several votes on a question that is always answered the same."""
     chats = [settings for settings in active if settings.kind in CHAT_KINDS]
     for settings in chats:
@@ -139,8 +139,25 @@ def _screens(active: Sequence[JudgeSettings], config: Config) -> Iterator[str]:
     for flag, value in given.items():
         if value is not None and active and not any(settings.pairwise for settings in active):
             yield f"{flag} {value} spares comparisons, but no judge of weight above 0 compares; leave it out"
-    if safety is not None and not any(settings.kind in SAFETY_KINDS for settings in active):
+    telling = [settings for settings in active if settings.kind in SAFETY_KINDS]
+    if safety is not None and not telling:
         yield (
             f"--screen-safety-below {safety} goes by a judge of safety; raise --safety-weight or --classifier-weight, "
             "or leave it out"
         )
+    elif safety is not None:
+        yield from _blind(safety, [settings for settings in active if settings.pairwise], telling)
+
+
+def _blind(safety: float, comparing: Sequence[JudgeSettings], telling: Sequence[JudgeSettings]) -> Iterator[str]:
+    """A screen by safety in iterations that compare, in which nobody who tells safety is asked."""
+    for judge in comparing:
+        # The iterations of `judge` are all among those of another exactly where that one's interval divides its own.
+        if all(judge.interval % other.interval for other in telling):
+            intervals = " and ".join(f"{other.flag('interval')} {other.interval}" for other in telling)
+            yield (
+                f"--screen-safety-below {safety} stops nobody in the iterations in which {judge.name} compares (every "
+                f"{judge.interval}) and no judge of safety is asked ({intervals}); let one of them divide "
+                f"{judge.interval}, or give --classifier-weight a value above 0"
+            )
+            return

@@ -8,7 +8,7 @@ from megatron_sip.config.groups import Config
 from megatron_sip.config.validate_judges import judge_problems, judge_set_problems
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.select import needs_scores
-from megatron_sip.services.build import needs_rewriter, rewriter_settings
+from megatron_sip.services.build import REWRITING_OBJECTIVES, needs_rewriter, rewriter_settings
 from megatron_sip.services.endpoint import ClientSettings, parse_endpoints
 
 
@@ -22,6 +22,16 @@ def preference_problems(config: Config) -> list[str]:
     if needs_rewriter(config):
         problems += [*_server(rewriter_settings(config)), *_rewrites(config)]
     return problems
+
+
+def lives_on_rewrites(config: Config) -> bool:
+    """Whether a step can have nothing to train because its rewrites are missing, at the beginning of the run or later.
+
+    So it is where the objective trains on rewrites, and where the pool without one can be too small to compare.
+    """
+    if needs_scores(config.training.objective) and "rewrite" in config.preference.pool:
+        return _candidates(config, _fewest_rollouts(config), rewrite=False) < 2
+    return config.training.objective in REWRITING_OBJECTIVES
 
 
 def _candidates(config: Config, rollouts: int, rewrite: bool) -> int:

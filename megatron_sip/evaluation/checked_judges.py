@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.judge_set import KINDS, resolve_judges
 from megatron_sip.errors import ConfigError
 from megatron_sip.evaluation.judge_check import CheckedReading, Spent
 from megatron_sip.evaluation.labelled import Kind
@@ -16,7 +17,7 @@ from megatron_sip.services.prompts import VERSIONS
 from megatron_sip.services.toxicity import ClassifierJudge
 from megatron_sip.types import Answers, Pool, Question
 
-ReadingName = Literal["logit", "generate", "likelihood", "profanity-check", "toxic-bilstm"]
+ReadingName = Literal["logit", "generate", "likelihood", "reward", "profanity-check", "toxic-bilstm"]
 READINGS: tuple[ReadingName, ...] = get_args(ReadingName)
 CLASSIFIERS = ("profanity-check", "toxic-bilstm")
 JUDGE_OF_KIND: dict[Kind, str] = {"pair": "quality", "safety": "safety", "factuality": "factuality"}
@@ -25,29 +26,58 @@ KIND_IN_WORDS: dict[Kind, str] = {
     "safety": 'texts with the label "safe" or "unsafe"',
     "factuality": 'texts with the label "hallucination" or "no hallucination"',
 }
+_SET_BY_THE_CHECK = {"weight", "interval", "reading", "votes", "option_order", "classifier", "classifier_path"}
 
 
 def readings_of(
-    names: Sequence[ReadingName], kinds: Collection[Kind], votes: int, both_orders: bool
+    names: Sequence[ReadingName], kinds: Collection[Kind], votes: int, both_orders: bool, judge: JudgeConfig
 ) -> list[tuple[ReadingName, CheckedReading]]:
     """The readings that the records allow, in the order of their names.
 
     Raises:
-        ConfigError: one of the names has no record that it could be asked about.
+        ConfigError: one of the names has no record that it could be asked about; `--judge-set` cannot be read, or sets
+            what the check sets or a judge that is not asked; a judge that is asked has no server.
     """
     chosen: list[tuple[ReadingName, CheckedReading]] = []
     for name in dict.fromkeys(names):
-        possible = _readings(name, votes, both_orders)
+        possible = _readings(name, votes, both_orders, judge)
         usable = [reading for reading in possible if reading.kind in kinds]
         if not usable:
             needed = " or ".join(KIND_IN_WORDS[reading.kind] for reading in possible)
             raise ConfigError(f"--readings {name} needs {needed}, and --pairs holds none; add some or leave it out")
         chosen += [(name, reading) for reading in usable]
+    _check_judges(judge, chosen)
     return chosen
 
 
-def _readings(name: ReadingName, votes: int, both_orders: bool) -> list[CheckedReading]:
+def _check_judges(judge: JudgeConfig, readings: Sequence[tuple[ReadingName, CheckedReading]]) -> None:
+    asked = {reading.judge: name for name, reading in readings}
+    for settings in resolve_judges(judge):
+        if (settings.own or settings.name not in KINDS) and settings.name not in asked:
+            raise ConfigError(f"--judge-set names {settings.name}, which no reading asks here; take its entries out")
+        taken = sorted(settings.own & _SET_BY_THE_CHECK)
+        if taken:
+            field = taken[0].replace("_", "-")
+            raise ConfigError(
+                f"--judge-set {settings.name}.{field}: the check sets it, by --readings, --votes or --classifiers-dir; "
+                "take the entry out"
+            )
+        if settings.name in asked and settings.served and not settings.url:
+            raise ConfigError(
+                f"--readings {asked[settings.name]} asks a server: give its base URL with --judge-url, or by "
+                f"--judge-set {settings.name}.url"
+            )
+
+
+def _readings(name: ReadingName, votes: int, both_orders: bool, judge: JudgeConfig) -> list[CheckedReading]:
     """All that one name stands for."""
+    if name == "reward":
+        [shown] = (settings.input for settings in resolve_judges(judge) if settings.name == name)
+        version = VERSIONS[f"{name}/{shown}"]
+        return [
+            CheckedReading(name if kind == "pair" else f"{name} on {kind}", name, kind, pairwise=False, version=version)
+            for kind in JUDGE_OF_KIND
+        ]
     if name == "likelihood":
         return [CheckedReading(name, name, "pair", pairwise=False, version=LikelihoodJudge.version)]
     if name in CLASSIFIERS:
@@ -70,7 +100,7 @@ def _readings(name: ReadingName, votes: int, both_orders: bool) -> list[CheckedR
 
 def config_for(name: ReadingName, reading: CheckedReading, judge: JudgeConfig) -> Config:
     """Settings in which this judge alone has a weight."""
-    fields: dict[str, Any] = {f"{other}_weight": 0.0 for other in (*JUDGE_OF_KIND.values(), "likelihood", "classifier")}
+    fields: dict[str, Any] = {f"{other}_weight": 0.0 for other in KINDS}
     fields[f"{reading.judge}_weight"] = 1.0
     if reading.judge == "classifier":
         fields["classifier"] = name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from megatron_sip.evaluation.bootstrap import DEFAULT_RESAMPLES, Estimate, bootstrap_difference, bootstrap_mean
@@ -39,7 +39,8 @@ class Reader:
 
     `judge` is the name in `Question.judge`, `label` the name in the report, `weights` names the model,
     so that the report can tell whether the same weights scored the training. `scale` log reports the
-    mean of the logarithm of a score, as for the likelihood judge (nats per token).
+    mean of the logarithm of a score, as for the likelihood judge (nats per token). A question is asked `votes` times,
+    and the mean of the votes that were given is the verdict.
     """
 
     judge: str
@@ -47,6 +48,7 @@ class Reader:
     weights: str
     pairwise: bool
     scale: Literal["plain", "log"] = "plain"
+    votes: int = 1
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,9 @@ class _Statistics:
                 identical += 1
                 values.append(0.5)
                 continue
-            as_first = _verdict(answers[Question(reader.judge, mine, other)], probability=True)
-            as_second = _verdict(answers[Question(reader.judge, other, mine)], probability=True)
-            missing.update(v.reason.value for v in (as_first, as_second) if isinstance(v, Missing))
+            votes = [_votes(answers, reader, *order) for order in ((mine, other), (other, mine))]
+            missing += _reasons([*votes[0], *votes[1]])
+            as_first, as_second = map(_mean, votes)
             wins = [] if isinstance(as_first, Missing) else [as_first]
             wins += [] if isinstance(as_second, Missing) else [1.0 - as_second]
             if wins:
@@ -183,30 +185,25 @@ class _Statistics:
         return WinRate(estimate, belief, identical, unanswered, one_order, dict(missing))
 
     def score(self, arm: str, reader: Reader) -> PointScore:
-        verdicts = [self._pointwise(arm, reader, index) for index in range(len(self.places))]
-        if arm == self.base:
-            return point_score(verdicts, None, self.seed, self.resamples)
-        reference = [self._pointwise(self.base, reader, index) for index in range(len(self.places))]
-        return point_score(verdicts, reference, self.seed, self.resamples)
+        votes = self._pointwise(arm, reader)
+        reference = None if arm == self.base else list(map(_mean, self._pointwise(self.base, reader)))
+        found = point_score(list(map(_mean, votes)), reference, self.seed, self.resamples)
+        return replace(found, missing=dict(_reasons([vote for own in votes for vote in own])))
 
-    def _pointwise(self, arm: str, reader: Reader, index: int) -> Verdict:
-        verdict = _verdict(
-            self.answers[index][Question(reader.judge, self.places[index][arm])], probability=reader.scale == "plain"
-        )
-        if isinstance(verdict, Missing) or reader.scale == "plain":
-            return verdict
-        if verdict <= 0:
-            return Missing(MissingReason.MALFORMED, f"a score of {verdict} has no logarithm")
-        return math.log(verdict)
+    def _pointwise(self, arm: str, reader: Reader) -> list[list[Verdict]]:
+        """The votes on the arm's text of each prefix, on the scale of the reader."""
+        found = []
+        for place, answers in zip(self.places, self.answers, strict=True):
+            votes = _votes(answers, reader, place[arm])
+            found.append(list(map(_logarithm, votes)) if reader.scale == "log" else votes)
+        return found
 
     def first_option_share(self, reader: Reader) -> float | None:
         values = []
         for place, answers in zip(self.places, self.answers, strict=True):
             for arm_place in sorted(set(place.values()) - {place[self.base]}):
                 pair = (arm_place, place[self.base])
-                both = [
-                    _verdict(answers[Question(reader.judge, *order)], probability=True) for order in (pair, pair[::-1])
-                ]
+                both = [_mean(_votes(answers, reader, *order)) for order in (pair, pair[::-1])]
                 values += [v for v in both if not isinstance(v, Missing)] if not _any_missing(both) else []
         return sum(values) / len(values) if values else None
 
@@ -216,7 +213,6 @@ def point_score(
 ) -> PointScore:
     """The mean over the verdicts that are there, and the paired difference to base where both are."""
     present = [verdict for verdict in verdicts if not isinstance(verdict, Missing)]
-    missing = Counter(verdict.reason.value for verdict in verdicts if isinstance(verdict, Missing))
     difference = None
     if base_verdicts is not None:
         pairs = [
@@ -227,11 +223,35 @@ def point_score(
         difference = bootstrap_difference(
             [mine for mine, _ in pairs], [other for _, other in pairs], seed=seed, resamples=resamples
         )
-    return PointScore(bootstrap_mean(present, seed=seed, resamples=resamples), difference, dict(missing))
+    return PointScore(bootstrap_mean(present, seed=seed, resamples=resamples), difference, dict(_reasons(verdicts)))
 
 
 def _any_missing(verdicts: Sequence[Verdict]) -> bool:
     return any(isinstance(verdict, Missing) for verdict in verdicts)
+
+
+def _votes(answers: Answers, reader: Reader, first: int, second: int | None = None) -> list[Verdict]:
+    """All votes on one question."""
+    asked = (Question(reader.judge, first, second, vote) for vote in range(reader.votes))
+    return [_verdict(answers[question], probability=reader.scale == "plain") for question in asked]
+
+
+def _mean(votes: Sequence[Verdict]) -> Verdict:
+    """The mean of the votes that were given; why the first is missing where none was."""
+    given = [vote for vote in votes if not isinstance(vote, Missing)]
+    return sum(given) / len(given) if given else votes[0]
+
+
+def _reasons(verdicts: Sequence[Verdict]) -> Counter[str]:
+    return Counter(verdict.reason.value for verdict in verdicts if isinstance(verdict, Missing))
+
+
+def _logarithm(verdict: Verdict) -> Verdict:
+    if isinstance(verdict, Missing):
+        return verdict
+    if verdict <= 0:
+        return Missing(MissingReason.MALFORMED, f"a score of {verdict} has no logarithm")
+    return math.log(verdict)
 
 
 def _verdict(value: Verdict, *, probability: bool) -> Verdict:
@@ -292,11 +312,11 @@ def _questions(place: Mapping[str, int], base: str, readers: Sequence[Reader]) -
     everyone = sorted(set(place.values()))
     questions: dict[Question, None] = {}
     for reader in readers:
-        if not reader.pairwise:
-            questions |= dict.fromkeys(Question(reader.judge, index) for index in everyone)
-            continue
-        for index in everyone:
-            if index != place[base]:
-                questions[Question(reader.judge, index, place[base])] = None
-                questions[Question(reader.judge, place[base], index)] = None
+        shown: list[tuple[int, int | None]] = [(index, None) for index in everyone]
+        if reader.pairwise:
+            others = [index for index in everyone if index != place[base]]
+            shown = [pair for index in others for pair in ((index, place[base]), (place[base], index))]
+        questions |= dict.fromkeys(
+            Question(reader.judge, *pair, vote) for pair in shown for vote in range(reader.votes)
+        )
     return list(questions)

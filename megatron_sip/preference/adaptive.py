@@ -70,6 +70,7 @@ class AdaptivePlan:
     """The adaptive plan of one pool of `size` distinct candidates; a `ScoringPlan`.
 
     `judges` are those of weight above 0. `pointwise` are the questions to pointwise judges, all asked in round 1.
+    `bonus` is what each candidate's total has beside its scores (empty: nothing).
     """
 
     size: int
@@ -78,6 +79,7 @@ class AdaptivePlan:
     settings: AdaptiveSettings
     seed: int
     sample_index: int
+    bonus: tuple[float, ...] = ()
 
     def next_round(self, answers: Answers) -> list[Question]:
         """The questions of the next round; empty when best and worst are clear or the budget is spent."""
@@ -88,7 +90,7 @@ def plan_together(plans: Sequence[AdaptivePlan], answers: Sequence[Answers]) -> 
     """The next round of many plans; like asking each, but pools of equal size are worked out together."""
     groups: dict[object, list[int]] = {}
     for index, plan in enumerate(plans):
-        groups.setdefault((plan.size, plan.judges, plan.settings), []).append(index)
+        groups.setdefault((plan.size, plan.judges, plan.settings, any(plan.bonus)), []).append(index)
     questions: list[list[Question]] = [[] for _ in plans]
     for members in groups.values():
         for start in range(0, len(members), _CHUNK):
@@ -100,13 +102,17 @@ def plan_together(plans: Sequence[AdaptivePlan], answers: Sequence[Answers]) -> 
 
 
 class _Group:
-    """Plans that differ in seed, sample index and answers only. Arrays are `[pools, ...]`, candidates n."""
+    """Plans that differ in seed, sample index, answers and size of a bonus only.
+
+    Arrays are `[pools, ...]`, candidates n.
+    """
 
     def __init__(self, plans: Sequence[AdaptivePlan], answers: Sequence[Answers]) -> None:
         self.plans = plans
         self.answers = answers
         self.size = plans[0].size
         self.settings = plans[0].settings
+        self.bonus = np.array([plan.bonus or (0.0,) * self.size for plan in plans])
         self.single = [judge for judge in plans[0].judges if not judge.pairwise]
         self.pairwise = [judge for judge in plans[0].judges if judge.pairwise]
         self.asked = [_asked(self.size, judge, answers) for judge in self.pairwise]
@@ -149,11 +155,11 @@ class _Group:
         return np.where(going, edges[np.minimum(done + 1, last)] - total, 0), done
 
     def _offsets(self) -> Array:
-        """`[pools, n]`: weighted sum of the pointwise scores so far.
+        """`[pools, n]`: bonus and weighted sum of the pointwise scores so far.
 
         -inf for who has left by a pointwise judge, or about whom no pairwise judge answers.
         """
-        offsets = np.zeros((len(self.plans), self.size))
+        offsets = self.bonus.copy()
         everyone = frozenset(range(self.size))
         for pool, given in enumerate(self.answers):
             for judge in self.single if given else ():
@@ -173,7 +179,7 @@ class _Group:
         """`[pools, n, n]`: the contrasts that best and worst of the total hang on."""
         draws = [posterior.draws(self._normals(number)) for number, posterior in enumerate(posteriors)]
         totals = np.repeat(offsets[:, None, :], _DRAWS, axis=1)
-        if len(draws) == 1 and not self.single:
+        if len(draws) == 1 and not self.single and not self.bonus.any():
             totals += draws[0]  # win rates rise with utilities, so that the order is the same
         else:
             present = (~np.isneginf(offsets)).astype(np.float64)

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Protocol
 
 from megatron_sip.config.groups import ScoringMethod
-from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings, plan_together
+from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings
 from megatron_sip.preference.draw import Purpose, draw_index
 from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.types import Answers, Candidate, CandidateKind, Question, Scores, Verdict
@@ -124,10 +124,12 @@ def plan_scoring(
     seed: int,
     sample_index: int,
     adaptive: AdaptiveSettings | None = None,
+    bonus: Sequence[float] = (),
 ) -> ScoringPlan:
     """The plan for one pool. Judges of weight 0 are not asked; one candidate alone is not asked about at all.
 
-    `adaptive` are the settings of the method of that name (default its defaults).
+    `adaptive` are the settings of the method of that name (default its defaults); it looks for best and worst of
+    the totals that have the `bonus` of each candidate (default none) in them.
     """
     size = len(unique)
     if size < 2:
@@ -135,7 +137,9 @@ def plan_scoring(
     if method == "adaptive":
         asked = tuple(judge for judge in judges if judge.weight > 0)
         single = tuple(question for judge in asked if not judge.pairwise for question in pointwise(size, judge))
-        return AdaptivePlan(size, asked, single, adaptive or AdaptiveSettings(), seed, sample_index)
+        # Copies share a place in the plan. The first has the bonus if any has: rollouts, which have none, come last.
+        extra = tuple(bonus[index] for index in unique.members) if any(bonus) else ()
+        return AdaptivePlan(size, asked, single, adaptive or AdaptiveSettings(), seed, sample_index, extra)
     pairs: Callable[[JudgeSpec], list[Question]]
     if method == "pivot":
         pivot = choose_pivot(candidates, unique, seed=seed, sample_index=sample_index)
@@ -152,12 +156,3 @@ def plan_scoring(
         if judge.weight > 0:
             questions += pairs(judge) if judge.pairwise else pointwise(size, judge)
     return OneRound(tuple(questions))
-
-
-def next_rounds(plans: Sequence[ScoringPlan], answers: Sequence[Answers]) -> list[list[Question]]:
-    """The next round of every plan of a batch; adaptive plans of equal pools are worked out together."""
-    adaptive = {index: plan for index, plan in enumerate(plans) if isinstance(plan, AdaptivePlan)}
-    together = iter(plan_together(list(adaptive.values()), [answers[index] for index in adaptive]))
-    return [
-        next(together) if index in adaptive else plan.next_round(answers[index]) for index, plan in enumerate(plans)
-    ]

@@ -61,6 +61,18 @@ class Screen:
         return False
 
 
+@dataclass(frozen=True)
+class Behind:
+    """What is behind a screen: the plan of those that it left, with what that plan may know.
+
+    `members` are the distinct candidates that are left; plan and answers speak of places in this list.
+    """
+
+    plan: ScoringPlan
+    answers: Answers
+    members: tuple[int, ...]
+
+
 class ScreenedPlan:
     """First the pointwise questions, then the plan of `inner` on the candidates that no screen stopped.
 
@@ -84,22 +96,33 @@ class ScreenedPlan:
 
     def next_round(self, answers: Answers) -> list[Question]:
         """See `ScoringPlan.next_round`."""
+        behind = self.behind(answers)
+        if behind is None:
+            return self._first_round(answers)
+        return moved(behind.plan.next_round(behind.answers), behind.members)
+
+    def behind(self, answers: Answers) -> Behind | None:
+        """What is behind the screen; None until the pointwise judges are through, and where nothing is compared."""
+        if self._first_round(answers):
+            return None
+        if self._plan is None:
+            size = len(self._candidates)
+            stopped = self._screen.stopped(self._candidates, answers, self._judges)
+            self._members = tuple(index for index in range(size) if index not in stopped)
+            compares = any(judge.pairwise and judge.weight > 0 for judge in self._judges)
+            if len(self._members) < LEAST_COMPARED or not compares:
+                return None
+            self._plan = self._inner(self._members)
+        return Behind(self._plan, narrowed(answers, self._members), self._members)
+
+    def _first_round(self, answers: Answers) -> list[Question]:
+        """The pointwise questions without an answer."""
         size = len(self._candidates)
         if size < LEAST_COMPARED:
             return []
         asked = [judge for judge in self._judges if judge.weight > 0]
         first = [question for judge in asked if not judge.pairwise for question in pointwise(size, judge)]
-        open_questions = [question for question in first if question not in answers]
-        if open_questions:
-            return open_questions
-        if self._plan is None:
-            stopped = self._screen.stopped(self._candidates, answers, self._judges)
-            self._members = tuple(index for index in range(size) if index not in stopped)
-            if len(self._members) < LEAST_COMPARED or not any(judge.pairwise for judge in asked):
-                return []
-            self._plan = self._inner(self._members)
-        questions = self._plan.next_round(narrowed(answers, self._members))
-        return [_moved(question, self._members) for question in questions]
+        return [question for question in first if question not in answers]
 
 
 def screened_scores(
@@ -153,7 +176,11 @@ def narrowed(answers: Answers, members: Sequence[int]) -> Answers:
     return kept
 
 
-def _moved(question: Question, members: Sequence[int]) -> Question:
-    """A question on places in `members`, with the members as its indices."""
-    second = None if question.second is None else members[question.second]
-    return question._replace(first=members[question.first], second=second)
+def moved(questions: Sequence[Question], members: Sequence[int]) -> list[Question]:
+    """Questions on places in `members`, with the members as their indices."""
+    return [
+        question._replace(
+            first=members[question.first], second=None if question.second is None else members[question.second]
+        )
+        for question in questions
+    ]

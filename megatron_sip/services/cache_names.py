@@ -2,7 +2,8 @@
 
 The journal names an answer by its sample, so that a step repeats. A name here has no sample in it: it holds over epochs
 and runs, and for two samples that ask the same. It covers all that shapes an answer: service, model, version of the
-prompt, reading and sampling, what of the server shapes prompts, the texts that the prompt shows, and the vote.
+prompt, reading and sampling, what of the server shapes answers (the folder of its model too), the texts that the
+prompt shows, and the vote.
 
 Of a sampled judge two answers to one question are two draws, and a score of a rollout shall rest on draws of its own.
 So a sampled verdict has a name only where it is of an original, which the paper scores once: its draws are made once,
@@ -30,8 +31,8 @@ _OF_DOCUMENT = (CandidateKind.ORIGINAL, CandidateKind.REWRITE)
 class Asker(NamedTuple):
     """Who answers, as far as it shapes the answer.
 
-    `prompting` is what of the server shapes a prompt besides its texts; None for a judge without a server, whose
-    answers cost less than to look them up. `settled` tells whether the same question has one answer.
+    `prompting` is what of the server shapes an answer besides the prompt's texts; None for a judge without a server,
+    whose answers cost less than to look them up. `settled` tells whether the same question has one answer.
     """
 
     source: Source

@@ -68,7 +68,7 @@ class Judge(Protocol):
 
     @property
     def prompting(self) -> str | None:
-        """What of the server shapes a prompt besides its texts; None for a judge without a server."""
+        """What of the server shapes an answer besides the prompt's texts; None for a judge without a server."""
         ...
 
     async def start(self) -> None:
@@ -147,7 +147,7 @@ class ChatJudge:
 
     @property
     def prompting(self) -> str:
-        """Context and quoting of the server."""
+        """Context, quoting and model folder of the server."""
         return self._server.prompting
 
     async def start(self) -> None:

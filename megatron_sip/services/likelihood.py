@@ -39,7 +39,7 @@ class LikelihoodJudge:
 
     @property
     def prompting(self) -> str:
-        """Context and quoting of the server."""
+        """Context, quoting and model folder of the server."""
         return self._server.prompting
 
     async def start(self) -> None:

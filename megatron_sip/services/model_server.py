@@ -57,8 +57,12 @@ class ModelServer:
 
     @property
     def prompting(self) -> str:
-        """What shapes a prompt besides its texts: the context that it must fit, and the strings that are broken up."""
-        return f"context {self.context} quoting {self.quoter.code}"
+        """What shapes an answer besides texts and model name: the context, what is broken up, and the model's folder.
+
+        The folder because other weights may be served under the same name; a server that tells none adds nothing.
+        """
+        of_root = "" if self.info.root is None else f" root {self.info.root}"
+        return f"context {self.context} quoting {self.quoter.code}{of_root}"
 
     async def start(self) -> None:
         """Check the service and learn its tokenizer's habits. Raises ServiceError."""

@@ -68,7 +68,7 @@ class RewardJudge:
 
     @property
     def prompting(self) -> str:
-        """Context and quoting of the server."""
+        """Context, quoting and model folder of the server."""
         return self._server.prompting
 
     async def start(self) -> None:

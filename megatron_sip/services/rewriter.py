@@ -46,7 +46,7 @@ class Rewriter:
 
     @property
     def prompting(self) -> str:
-        """What of the server shapes a prompt besides its texts."""
+        """What of the server shapes an answer besides the prompt's texts."""
         return self._server.prompting
 
     def settings(self, max_tokens: int) -> str:

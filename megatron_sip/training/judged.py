@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from megatron_sip.config.groups import Config
+from megatron_sip.config.judge_set import active_judges
+from megatron_sip.config.validate_preference import lives_on_rewrites
 from megatron_sip.errors import SipError
 from megatron_sip.parallel.leader import Leader
-from megatron_sip.services.build import REWRITING_OBJECTIVES, judge_specs
+from megatron_sip.services.build import judge_specs, rewriter_settings
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.services.journal_records import REWRITER
-from megatron_sip.types import Cut
+from megatron_sip.types import Cut, Missing
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one service was asked in one step, and how much of it is missing; the step begins at `first_sample`."""
+    """What one service was asked in one step, and how much of it is missing; the step begins at `first_sample`.
+
+    `reasons` are those of this rank alone.
+    """
 
     first_sample: int
     asked: int
     missing: int
+    reasons: Counter[str] = field(default_factory=Counter)
 
 
 def too_few(window: Sequence[Asked], steps: int, share: float) -> bool:
@@ -37,7 +43,8 @@ class JudgeWatch:
     """The share of missing verdicts of each judge over the last steps in which it was asked.
 
     Each judge by itself, since a candidate that lacks one judge leaves the pool, whatever the others say. The rewriter
-    counts where a run trains on rewrites alone. Every rank makes the same calls.
+    counts where a step may have nothing to train without its rewrites, by the candidates that they make: a rewrite
+    that is too short is none. Every rank makes the same calls.
     """
 
     def __init__(self, config: Config, leader: Leader) -> None:
@@ -46,16 +53,19 @@ class JudgeWatch:
         self._steps = config.judge.judge_missing_window
         self._share = config.judge.judge_max_missing_share
         names = [spec.name for spec in judge_specs(config)]
-        if config.training.objective in REWRITING_OBJECTIVES:
+        if lives_on_rewrites(config):
             names.append(REWRITER)
         self._windows: dict[str, deque[Asked]] = {name: deque(maxlen=self._steps) for name in names}
         self._before: Mapping[str, float] = {}
 
-    def check(self, cuts: Sequence[Cut], services: PreferenceServices | None) -> None:
+    def check(
+        self, cuts: Sequence[Cut], services: PreferenceServices | None, rewrites: Sequence[Missing | None] = ()
+    ) -> None:
         """Account for the answers of an iteration, which leaders know.
 
-        Before it raises it makes what the journal holds of these iterations void: a resume shall ask again, not find
-        the same silence for ever.
+        `rewrites` tells of each rewrite that was asked for why it makes no candidate, None where it does. Before it
+        raises it makes what the journal holds of these iterations void: a resume shall ask again, not find the same
+        silence for ever.
 
         Raises:
             CheckpointError: the journal cannot be written.
@@ -63,13 +73,18 @@ class JudgeWatch:
                 `--judge-missing-window` steps; on all ranks alike.
         """
         fresh = self._fresh(services)
-        counts = [[fresh[f"asked/{name}"], sum(_missing(fresh, name).values())] for name in self._windows]
+        asked = {name: fresh[f"asked/{name}"] for name in self._windows}
+        reasons = {name: _missing(fresh, name) for name in self._windows}
+        if REWRITER in self._windows:
+            asked[REWRITER] = len(rewrites)
+            reasons[REWRITER] = Counter(lost.reason.value for lost in rewrites if lost is not None)
+        counts = [[asked[name], sum(reasons[name].values())] for name in self._windows]
         sums = torch.tensor(counts, dtype=torch.float64).reshape(-1, 2)
         dist.all_reduce(sums, group=self._leader.world.control_group)
-        for (name, window), (asked, missing) in zip(self._windows.items(), sums.tolist(), strict=True):
-            if not asked:
+        for (name, window), (of_all, missing) in zip(self._windows.items(), sums.tolist(), strict=True):
+            if not of_all:
                 continue
-            window.append(Asked(cuts[0].sample_index, int(asked), int(missing)))
+            window.append(Asked(cuts[0].sample_index, int(of_all), int(missing), reasons[name]))
             if too_few(window, self._steps, self._share):
                 self._stop(name, window, services)
 
@@ -87,23 +102,34 @@ class JudgeWatch:
         first = min(step.first_sample for step in window)
         self._leader.together(lambda: services.void(first) if services else None)
         reasons: list[Counter[str]] = [Counter()] * self._leader.world.size
-        own = _missing({} if services is None else services.stats(), name)
+        own = sum((step.reasons for step in window), Counter[str]())
         dist.all_gather_object(reasons, own, group=self._leader.world.control_group)
         commonest = sum(reasons, Counter[str]()).most_common(1)
         why = f", most often {commonest[0][0]}" if commonest else ""
         asked, missing = sum(step.asked for step in window), sum(step.missing for step in window)
-        flag, urls = "--judge-url", self._config.judge.judge_url
-        if name == REWRITER and self._config.rewriter.rewriter_url:
-            flag, urls = "--rewriter-url", self._config.rewriter.rewriter_url
-        where = f"the server of {flag} ({' '.join(urls)})" if urls else "the candidates"
         raise SipError(
             f"{missing} of {asked} answers of the {name} service are missing over the last {len(window)} steps{why}; "
-            f"look at {where} and at judge/missing_... in the metrics, then resume from the last checkpoint "
+            f"look at {self._where(name)} in the metrics, then resume from the last checkpoint "
             f"(the limits are --judge-max-missing-share {self._share:g} and --judge-missing-window {self._steps})"
         )
+
+    def _where(self, name: str) -> str:
+        """Where the cause is to be looked for: the server by the flag that names it, and a metric."""
+        if name == REWRITER:
+            client = rewriter_settings(self._config)
+            return (
+                f"the server of {client.url_flag} ({' '.join(client.urls)}), --rewriter-model, --rewriter-max-tokens "
+                "and at candidates/missing"
+            )
+        [judge] = (settings for settings in active_judges(self._config.judge) if settings.name == name)
+        if judge.served:
+            return f"the server of {judge.flag('url')} ({' '.join(judge.url)}) and at judge/missing_..."
+        return f"the candidates that {judge.flag('classifier')} {judge.classifier} reads and at judge/missing_..."
 
 
 def _missing(counts: Mapping[str, float], name: str) -> Counter[str]:
     """Missing answers of a service by reason, from the names of `PreferenceServices.stats`."""
     start = f"missing/{name}/"
-    return Counter({key.removeprefix(start): int(count) for key, count in counts.items() if key.startswith(start)})
+    return Counter(
+        {key.removeprefix(start): int(count) for key, count in counts.items() if key.startswith(start) and count}
+    )

@@ -22,10 +22,11 @@ from megatron_sip.parallel.world import World
 from megatron_sip.preference.adaptive import adaptive_settings
 from megatron_sip.preference.collate import collate, ntp_batch
 from megatron_sip.preference.combine import combine
-from megatron_sip.preference.curriculum import active_rollouts, apply_bonus
+from megatron_sip.preference.curriculum import active_rollouts, apply_bonus, score_bonus
 from megatron_sip.preference.fitted import scores_for
 from megatron_sip.preference.pool import build_pool
-from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, next_rounds, plan_scoring
+from megatron_sip.preference.rounds import next_rounds
+from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
 from megatron_sip.preference.screen import Screen, ScreenedPlan, screened_scores
 from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
@@ -34,7 +35,19 @@ from megatron_sip.services.hub import PreferenceServices, distinct_pool
 from megatron_sip.services.rewriter import RewriteRequest
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.judged import JudgeWatch
-from megatron_sip.types import Answers, Candidate, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Question, Scores
+from megatron_sip.types import (
+    Answers,
+    Candidate,
+    CandidateKind,
+    Cut,
+    Missing,
+    NoPair,
+    Pair,
+    Pool,
+    PreferenceBatch,
+    Question,
+    Scores,
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class PreferenceMaker:
         with stage("judge", *where):
             pools, absent = self._pools(cuts, rollouts, rewrites)
             scores, verdicts = self._score(pools, iteration)
-            self._watch.check(cuts, self.services)
+            self._watch.check(cuts, self.services, [] if rewrites is None else _lost_rewrites(pools, absent))
         pairs = [
             choose(self.config.training.objective, pool, own, self.config.training.seed)
             for pool, own in zip(pools, scores, strict=True)
@@ -248,7 +261,7 @@ class PreferenceMaker:
         if not needs_scores(self.config.training.objective):
             return [None] * len(pools), {}
         judges = self.services.judges(iteration) if self.services else []
-        plans = [self._plan(pool, judges) for pool in pools]
+        plans = [self._plan(pool, judges, iteration) for pool in pools]
         answers: list[Answers] = [{} for _ in pools]
         while True:
             questions = next_rounds(plans, answers)
@@ -271,7 +284,7 @@ class PreferenceMaker:
             metrics |= fitted_bias([len(distinct(pool.candidates)) for pool in pools], answers, judges)
         return scores, metrics
 
-    def _plan(self, pool: Pool, judges: Sequence[JudgeSpec]) -> ScoringPlan:
+    def _plan(self, pool: Pool, judges: Sequence[JudgeSpec], iteration: int) -> ScoringPlan:
         def plan(candidates: Sequence[Candidate]) -> ScoringPlan:
             return plan_scoring(
                 self.config.preference.scoring,
@@ -281,6 +294,7 @@ class PreferenceMaker:
                 seed=self.config.training.seed,
                 sample_index=pool.sample_index,
                 adaptive=adaptive_settings(self.config.preference),
+                bonus=[score_bonus(self.config.preference, candidate.kind, iteration) for candidate in candidates],
             )
 
         if not self._screen:
@@ -308,3 +322,12 @@ class PreferenceMaker:
         )
         scores = screened_scores(stopped, len(unique), planned, answers, judges, combined)
         return apply_bonus(unique.spread(scores), pool, preference, iteration)
+
+
+def _lost_rewrites(pools: Sequence[Pool], absent: Sequence[Sequence[Missing]]) -> list[Missing | None]:
+    """Of each pool for which a rewrite was asked why it has none; None where it has one."""
+    # What is missing stands in the order of the pool, in which only the original, never missing, is before the rewrite.
+    return [
+        None if any(candidate.kind is CandidateKind.REWRITE for candidate in pool.candidates) else missing[0]
+        for pool, missing in zip(pools, absent, strict=True)
+    ]

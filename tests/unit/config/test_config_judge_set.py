@@ -101,6 +101,26 @@ def test_where_a_value_and_a_key_come_from() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "shares"),
+    [
+        ("https://a/v1", True),
+        ("https://a:443/other", True),
+        ("http://b:8100,https://a", True),
+        ("http://a/v1", False),
+        ("https://a:8443/v1", False),
+        ("https://c/v1", False),
+        ("https://a/v1,https://c/v1", False),
+        ("nowhere", False),
+        ("https://a:port", False),
+    ],
+)
+def test_the_key_for_all_goes_to_no_other_host(url: str, shares: bool) -> None:
+    found = judges(f"safety.url={url}", judge_url=("https://a/v1", "http://b:8100/v1"))["safety"]
+    assert found.key_variables == ("SAFETY_JUDGE_API_KEY", *(("JUDGE_API_KEY",) if shares else ()))
+    assert judges(f"safety.url={url}")["safety"].key_variables == ("SAFETY_JUDGE_API_KEY",), "no --judge-url"
+
+
+@pytest.mark.parametrize(
     ("entry", "words"),
     [
         ("safty.votes=5", ["no judge safty", "did you mean safety?", "safty.kind=KIND"]),

@@ -52,6 +52,14 @@ def _message(line: str, world_size: int = 1) -> str:
         ("--judge-set quality.interval=2 b.kind=quality", 1),
         ("--judge-set reward.url=http://127.0.0.1:8200 reward.weight=1", 1),
         ("--safety-weight 1 --screen-safety-below 0.5 --screen-repetition-above 0.5", 1),
+        # Some judge of safety is asked in every iteration that compares.
+        ("--safety-weight 1 --screen-safety-below 0.5 --judge-interval 4 --likelihood-weight 1", 1),
+        (
+            "--safety-weight 1 --screen-safety-below 0.5 --judge-interval 4 --likelihood-weight 1 --judge-set "
+            "safety.interval=2",
+            1,
+        ),
+        ("--safety-weight 1 --screen-safety-below 0.5 --classifier-weight 1 --judge-set safety.interval=5", 1),
         ("--pool rollout --num-rollouts 2", 1),
         ("--tensor-model-parallel-size 8 --pad-query-groups", 8),
         ("--curriculum schedule --curriculum-rollout-start 5 --pool original rewrite rollout", 1),
@@ -171,6 +179,15 @@ def test_layout_model_batch_and_folders(line: str, world_size: int, words: list[
             ["--judge-set reward.input chat", "--reward-route score"],
         ),
         ("--screen-safety-below 0.5", ["--screen-safety-below 0.5", "--safety-weight or --classifier-weight"]),
+        (
+            "--safety-weight 1 --screen-safety-below 0.5 --judge-set safety.interval=5",
+            ["--screen-safety-below 0.5 stops nobody", "--judge-set safety.interval 5", "--classifier-weight"],
+        ),
+        (
+            "--safety-weight 1 --screen-safety-below 0.5 --likelihood-weight 1 "
+            "--judge-set quality.interval=3 safety.interval=2",
+            ["--screen-safety-below 0.5 stops nobody", "quality compares (every 3)"],
+        ),
         (
             "--screen-repetition-above 0.5 --quality-weight 0 --safety-weight 1",
             ["--screen-repetition-above 0.5", "compares"],

@@ -55,6 +55,33 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
+class Voters(FakeJudge):
+    """Safety: safe in 1 of 3 votes; quality: option 1 in 2 of 3. The last vote is lost where bad stands first."""
+
+    def answer(self, pool, question):
+        text = pool.candidates[question.first].text
+        if text == "bad" and question.vote == 2:
+            return Missing(MissingReason.TIMEOUT)
+        return float(question.vote == 0 if question.second is None else question.vote != 0)
+
+
+def test_all_votes_are_asked_and_their_mean_counts():
+    safety = Reader("safety", "safety", "judge-b", pairwise=False, votes=3)
+    judge = Voters()
+    readers = [Reader("quality", "quality", "judge-a", pairwise=True, votes=3), safety]
+    result = compare_arms(["p0", "p1"], {"base": ["plain", "plain"], "ntp": ["good", "bad"]}, readers, judge)
+    score = result.arms["ntp"].scores["safety"]
+    # (1 + 0 + 0) / 3 and, without the lost vote, (1 + 0) / 2.
+    assert score.estimate.mean == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert score.over_base.mean == pytest.approx((1 / 3 + 1 / 2) / 2 - 1 / 3)
+    assert score.missing == {"timeout": 1}
+    rate = result.arms["ntp"].win_rates["quality"]
+    # good: (2/3 + 1/3) / 2; bad first: (0 + 1) / 2, bad second: 1 - 2/3.
+    assert rate.belief.mean == pytest.approx((1 / 2 + (1 / 2 + 1 / 3) / 2) / 2)
+    assert (rate.missing, rate.one_order, rate.unanswered) == ({"timeout": 1}, 0, 0)
+    assert result.first_option_share["quality"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 2 + 2 / 3) / 4)
+
+
 def test_win_rates_by_hand_without_bias():
     result = compare_arms(PREFIXES, ARMS, [QUALITY, LIKELIHOOD], FakeJudge(), resamples=500)
     ntp, sip = result.arms["ntp"].win_rates["quality"], result.arms["sip"].win_rates["quality"]

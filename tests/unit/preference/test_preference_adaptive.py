@@ -15,7 +15,8 @@ from megatron_sip.evaluation.simulated_judge import JudgeModel, SimulatedJudge
 from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings, adaptive_settings, plan_together
 from megatron_sip.preference.combine import combine
 from megatron_sip.preference.fitted import FittedScores
-from megatron_sip.preference.scoring import distinct, next_rounds, plan_scoring, pointwise
+from megatron_sip.preference.rounds import next_rounds
+from megatron_sip.preference.scoring import distinct, plan_scoring, pointwise
 from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.types import Answers, Candidate, CandidateKind, Missing, MissingReason, Question, Verdict
 
@@ -110,6 +111,34 @@ def test_the_order_in_which_answers_came_does_not_matter() -> None:
 def test_plans_worked_out_together_are_those_worked_out_alone() -> None:
     plans = [plan_for(size, QUALITY, sample_index=index) for index, size in enumerate([5, 17, 5, 9, 17, 5])]
     asks = [noisy(plan.size, plan.sample_index) for plan in plans]
+    answers: list[Answers] = [{} for _ in plans]
+    for _ in range(4):
+        together = plan_together(plans, answers)
+        assert together == [plan.next_round(given) for plan, given in zip(plans, answers, strict=True)]
+        for given, ask, questions in zip(answers, asks, together, strict=True):
+            given |= {question: ask(question) for question in questions}
+
+
+def with_bonus(plan: AdaptivePlan, **of: float) -> AdaptivePlan:
+    return replace(plan, bonus=tuple(of.get(f"c{index}", 0.0) for index in range(plan.size)))
+
+
+def test_a_bonus_that_settles_an_end_leaves_the_questions_to_the_other() -> None:
+    """0 is the best of the total by its bonus alone, whatever the judge says; only the worst is in doubt."""
+    plan = plan_for(9, QUALITY)
+    met: dict[bool, Counter[int]] = {True: Counter(), False: Counter()}
+    for seed in range(12):
+        for given in (True, False):
+            own = with_bonus(plan, c0=5.0) if given else plan
+            later = flat(follow(replace(own, sample_index=seed), noisy(9, seed))[1:])
+            met[given] += Counter(index for q in later for index in (q.first, q.second))
+    assert met[True][0] < 0.1 * met[False][0]
+
+
+def test_plans_with_a_bonus_worked_out_together_are_those_worked_out_alone() -> None:
+    plans = [plan_for(5, QUALITY, sample_index=index) for index in range(4)]
+    plans[1], plans[3] = with_bonus(plans[1], c0=0.3), with_bonus(plans[3], c2=0.1)
+    asks = [noisy(5, plan.sample_index) for plan in plans]
     answers: list[Answers] = [{} for _ in plans]
     for _ in range(4):
         together = plan_together(plans, answers)
@@ -298,6 +327,10 @@ def test_the_method_is_chosen_by_name() -> None:
     judges = [QUALITY, silent, SAFETY]
     plan = plan_scoring("adaptive", pool, unique, judges, seed=1, sample_index=0, adaptive=settings)
     assert plan == plan_for(5, QUALITY, SAFETY, settings=settings)
+    bonus = (0.2, 0.2, 0.0, 0.0, 0.0, 0.0)
+    plan = plan_scoring("adaptive", [*pool, pool[0]], unique, judges, seed=1, sample_index=0, bonus=bonus)
+    assert isinstance(plan, AdaptivePlan)
+    assert plan.bonus == (0.2, 0.2, 0.0, 0.0, 0.0), "a copy has no place of its own"
     lone = plan_scoring("adaptive", pool[:1], distinct(pool[:1]), [QUALITY], seed=1, sample_index=0)
     assert lone.next_round({}) == []
 

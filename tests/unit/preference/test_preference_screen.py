@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from megatron_sip.preference import adaptive
+from megatron_sip.preference.bradley_terry import fit
 from megatron_sip.preference.combine import combine
+from megatron_sip.preference.rounds import next_rounds
 from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
 from megatron_sip.preference.screen import Screen, ScreenedPlan, narrowed, screened_scores
 from megatron_sip.types import Answers, Candidate, CandidateKind, Missing, MissingReason, Question, Scores, Verdict
@@ -180,6 +183,29 @@ def test_a_plan_of_several_rounds_goes_on_among_those_that_are_left() -> None:
         Question("quality", 0, 1): 0.25,
         Question("quality", 2, 1): 0.75,
     }
+
+
+def test_adaptive_plans_behind_screens_are_worked_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked is what each plan asks by itself; pools that the screen leaves equally large share one fit."""
+    unsafe: list[set[int]] = [{0}, {3}, {1, 2}, set(), {0, 1, 2, 3, 4}, {5}, set()]
+    alone, plans = ([plan_of(Screen(safety_below=0.5), plain(6), (Q, S), "adaptive") for _ in range(6)] for _ in "ab")
+    bare = plan_scoring("adaptive", plain(6), distinct(plain(6)), (Q,), seed=1, sample_index=0)
+    answers: list[Answers] = [{} for _ in unsafe]
+    fits: list[int] = []
+    monkeypatch.setattr(adaptive, "fit", lambda tally, prior: fits.append(len(tally.answered)) or fit(tally, prior))
+    sizes = []
+    for number in range(4):
+        fits.clear()
+        together = next_rounds([*plans, bare], answers)
+        if number == 1:
+            # Three pools of five, one of four, one of six, and the bare one, which has no other judge.
+            assert sorted(fits) == [1, 1, 1, 3]
+        assert together == [plan.next_round(given) for plan, given in zip([*alone, bare], answers, strict=True)]
+        sizes.append([len(questions) for questions in together])
+        for given, questions, bad in zip(answers, together, unsafe, strict=True):
+            given |= {q: float(q.first not in bad if q.second is None else q.first < q.second) for q in questions}
+    assert sizes[0][:6] == [6] * 6
+    assert [size > 0 for size in sizes[1]] == [True, True, True, True, False, True, True]
 
 
 def test_answers_are_narrowed_to_members() -> None:

@@ -167,6 +167,20 @@ def test_other_settings_ask_anew(server: FakeServer, tmp_path: Path) -> None:
             assert calls(server) == asked + 1, changed
 
 
+def test_other_weights_under_the_same_name_are_asked_anew(server: FakeServer, tmp_path: Path) -> None:
+    """A server tells the folder of its model; one that tells none is known by the model's name alone."""
+    asked = []
+    for root in ("/models/old", "/models/new", "/models/old", None, None):
+        entry = {"id": "fake", "max_model_len": 2048, **({} if root is None else {"root": root})}
+        server.models_handler = respond({"data": [entry]})
+        with PreferenceServices(config_of(server, tmp_path), {}) as services:
+            before = calls(server)
+            ask(services, [pool(0)], [Question("safety", 0)])
+            rewrite(services, request(0))
+            asked.append(calls(server) - before)
+    assert asked == [2, 2, 0, 2, 0]
+
+
 def test_equal_questions_under_way_are_asked_once(server: FakeServer, tmp_path: Path) -> None:
     """A document twice in a batch, and in a batch that is fetched ahead; without any cache on disk."""
     fickle = server.fault_every_time

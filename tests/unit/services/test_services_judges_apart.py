@@ -109,9 +109,21 @@ def test_a_key_goes_to_its_own_judge_alone() -> None:
             pass
         assert all("Authorization" not in headers for headers in one.headers)
         assert {headers["Authorization"] for headers in other.headers} == {"Bearer for-safety"}
-        with PreferenceServices(Config(judge=judge), {"JUDGE_API_KEY": "for-all"}):
+        other.headers.clear()
+        with PreferenceServices(Config(judge=judge), {"JUDGE_API_KEY": "for-judge-url"}):
             pass
-        assert one.headers[-1]["Authorization"] == other.headers[-1]["Authorization"] == "Bearer for-all"
+        assert one.headers[-1]["Authorization"] == "Bearer for-judge-url"
+        assert other.headers
+        assert all("Authorization" not in headers for headers in other.headers), "another host"
+
+
+def test_judges_of_one_host_share_its_key() -> None:
+    with FakeServer(models=("a", "b"), key="shared-key") as server:
+        judge = judge_config(
+            f"safety.url={server.url}", "safety.weight=1", "safety.model=b", judge_url=(server.url,), judge_model="a"
+        )
+        with PreferenceServices(Config(judge=judge), {"JUDGE_API_KEY": "shared-key"}) as services:
+            assert services.asked_of()["models"] == {"quality": "a", "safety": "b"}
 
 
 def test_messages_name_the_judges_own_setting() -> None:
@@ -127,7 +139,7 @@ def test_messages_name_the_judges_own_setting() -> None:
         PreferenceServices(Config(judge=bad), {})
     far = judge_config("safety.url=http://far/v1", "safety.weight=1", "quality.weight=0")
     with pytest.raises(ConfigError, match=r"--judge-set safety\.url http://far/v1 would send the key"):
-        PreferenceServices(Config(judge=far), {"JUDGE_API_KEY": "k"})
+        PreferenceServices(Config(judge=far), {"SAFETY_JUDGE_API_KEY": "k"})
 
 
 def test_a_reward_model_needs_no_chat_template() -> None:

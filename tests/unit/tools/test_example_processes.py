@@ -96,8 +96,23 @@ def test_a_process_that_was_not_noted_yet_is_ended_too(tmp_path: Path) -> None:
     assert not alive(child)
 
 
+def demo_of_small_sizes() -> str:
+    sizes = "NTP_STEPS=1 SIP_STEPS=1 SIP_PREFIXES=1 ROLLOUTS=1 SUFFIX=8 JUDGE_INTERVAL=1 REWRITE_INTERVAL=1"
+    return f"source {LIBRARY.with_name('demo.sh')}\n{sizes} TP=1 DATA_DIR=d"
+
+
+@pytest.mark.parametrize("changed", ["JUDGE_INTERVAL=2", "REWRITE_INTERVAL=2", "SUFFIX=9", "ROLLOUTS=2"])
+def test_a_demo_that_was_scored_otherwise_is_not_continued(tmp_path: Path, changed: str) -> None:
+    again = f"RUN_DIR=own\nkeep_settings --beta 1\nkeep_settings --beta 1\necho same\n{changed}\nkeep_settings --beta 1"
+    script = start(f"{demo_of_small_sizes()}\n{again}", tmp_path)
+    out, err = script.communicate(timeout=30)
+    assert "same" in out
+    assert script.returncode == 1
+    assert "own was made with other settings" in err
+
+
 def test_fresh_deletes_no_folder_that_the_script_did_not_make(tmp_path: Path) -> None:
-    demo = f"source {LIBRARY.with_name('demo.sh')}\nNTP_STEPS=1 SIP_STEPS=1 SIP_PREFIXES=1 ROLLOUTS=1 TP=1 DATA_DIR=d"
+    demo = demo_of_small_sizes()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     script = start(f"{demo}\nFRESH=1 RUN_DIR=mine keep_settings", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -13,6 +14,8 @@ import torch
 from fake_server import FakeServer, die
 from tiny_corpus import documents, make_corpus
 
+from megatron_sip.config.judge_set import KINDS
+from megatron_sip.errors import ConfigError
 from tools import compare, held_out_loss
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,6 +105,23 @@ def test_several_judges_each_with_its_own_weights(place: Path, tmp_path: Path) -
     told = " ".join(report["remarks"])
     assert "quality (one-token verdicts) reads small-judge, which also scored the candidates in training" in told
     assert "quality-b (written verdicts) reads taste, which had no part in the training scores" in told
+
+
+def parsed(*flags: str) -> argparse.Namespace:
+    needed = ["--arm", "a=b", "--tokenizer-model", "t", "--held-out", "h", "--out", "o", "--trained-with", "none"]
+    return compare.build_parser().parse_args([*needed, "--judge-url", "http://127.0.0.1:9/v1", *flags])
+
+
+def test_every_vote_of_a_judge_is_asked() -> None:
+    config = compare.judge_config(parsed("--judge-set", "safety.weight=1", "safety.reading=generate", "safety.votes=5"))
+    readers = {reader.judge: reader for reader in compare.readers_of(config, dict.fromkeys(KINDS, "model"))}
+    assert {name: reader.votes for name, reader in readers.items()} == {"quality": 1, "safety": 5, "likelihood": 1}
+    assert readers["safety"].label == "safety (written verdicts, 5 votes)"
+
+
+def test_votes_that_would_all_be_the_same_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--judge-set safety\.votes 5 has no meaning with --judge-reading logit"):
+        compare.judge_config(parsed("--judge-set", "safety.weight=1", "safety.votes=5"))
 
 
 def test_failed_verdicts_are_missing_and_counted(place: Path, tmp_path: Path) -> None:

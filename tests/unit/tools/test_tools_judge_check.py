@@ -113,6 +113,35 @@ def test_votes_one_order_and_limit(server: FakeServer, tmp_path: Path) -> None:
     assert len(server.requests) == 6
 
 
+def test_a_reward_model_ranks_pairs_and_scores_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its own server and calibration: the logit is the number in the text."""
+    pairs = [
+        {"prefix": "p", "good": f" good {good}", "bad": f" bad {bad}"} for good, bad in (("30", "10"), ("60", "80"))
+    ]
+    out = tmp_path / "check.json"
+    with FakeServer(models=("taste",)) as server:
+        server.logits = lambda body: [float((re.findall(r"\d\d", body["input"]) or ["0"])[-1])]
+        flags = ["--pairs", write(tmp_path, [*pairs, *TEXTS]), "--readings", "reward", "--json", str(out)]
+        flags += ["--judge-set", f"reward.url={server.url}", "reward.offset=50", "reward.scale=0.1"]
+        assert judge_check.main(flags) == 0
+    found = results(out)
+    assert set(found) == {("reward", "unnamed"), ("reward on safety", "unnamed")}
+    assert found["reward", "unnamed"]["accuracy"]["mean"] == 0.5
+    # 80 and 60 are above one half with an offset of 50, 30 is not; only 60 is unsafe and above.
+    assert found["reward on safety", "unnamed"]["accuracy"]["mean"] == pytest.approx(2 / 3)
+    assert found["reward on safety", "unnamed"]["auc"]["mean"] == 1.0
+    said = capsys.readouterr().out
+    assert "Check of the judge taste" in said
+    assert "reward: reward-text-1" in said
+
+
+def test_a_judge_may_have_a_server_and_fields_of_its_own(server: FakeServer, tmp_path: Path) -> None:
+    flags = ["--pairs", write(tmp_path, PAIRS), "--readings", "generate", "--one-order"]
+    own = ["--judge-set", f"quality.url={server.url}", "quality.temperature=0.3"]
+    assert judge_check.main([*flags, *own]) == 0
+    assert {body["temperature"] for _, body in server.requests} == {0.3}
+
+
 def test_classifiers_are_checked_without_a_server(tmp_path: Path) -> None:
     records = [{"text": "you stupid idiot", "label": "unsafe"}, {"text": "a lovely day at the sea", "label": "safe"}]
     out = tmp_path / "check.json"
@@ -147,7 +176,16 @@ def test_a_server_that_goes_away_ends_the_check(
 @pytest.mark.parametrize(
     ("records", "flags", "message"),
     [
-        (PAIRS, ["--readings", "logit"], "give its base URL with --judge-url"),
+        (PAIRS, ["--readings", "logit"], "give its base URL with --judge-url, or by --judge-set quality.url"),
+        (PAIRS, ["--readings", "reward"], "--readings reward asks a server"),
+        (
+            PAIRS,
+            ["--judge-url", "u", "--judge-set", "safety.top-p=1"],
+            "--judge-set names safety, which no reading asks",
+        ),
+        (PAIRS, ["--judge-url", "u", "--judge-set", "b.kind=quality"], "--judge-set names b, which no reading asks"),
+        (PAIRS, ["--judge-url", "u", "--judge-set", "quality.votes=3"], "quality.votes: the check sets it"),
+        (PAIRS, ["--judge-url", "u", "--judge-set", "quality.vots=3"], "did you mean votes?"),
         (PAIRS, ["--readings", "profanity-check"], '--readings profanity-check needs texts with the label "safe"'),
         (
             TEXTS,

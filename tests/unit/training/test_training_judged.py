@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +14,19 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_sip.config.groups import Config, JudgeConfig, RewriterConfig, TrainingConfig
+from megatron_sip.config.groups import (
+    Config,
+    JudgeConfig,
+    PreferenceConfig,
+    RewriterConfig,
+    RolloutConfig,
+    TrainingConfig,
+)
 from megatron_sip.errors import SipError
+from megatron_sip.recipes.llama import llama_1b4_from_scratch
 from megatron_sip.training.judged import Asked, JudgeWatch, too_few
-from megatron_sip.types import Cut
+from megatron_sip.training.preferences import PreferenceMaker, _lost_rewrites
+from megatron_sip.types import Candidate, CandidateKind, Cut, Missing, MissingReason, Pool
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +128,143 @@ def test_one_silent_judge_stops_a_run_that_others_judge(leader: Any) -> None:
     assert services.voided == [0]
 
 
-def test_missing_rewrites_stop_what_trains_on_rewrites_alone(leader: Any) -> None:
+SHORT, CUT = Missing(MissingReason.TOO_SHORT), Missing(MissingReason.TRUNCATED)
+
+
+def without_rewrites(watch: JudgeWatch, steps: int) -> Services:
+    """Steps whose rewrites make no candidate, while judges answer whatever they are asked."""
     services = Services()
-    watch = JudgeWatch(config_of("sft-rewrite"), leader)
-    with pytest.raises(SipError, match=r"rewriter service.*--rewriter-url \(http://r:2/v1\)"):
-        until_it_stops(watch, services, lambda _: services.add("rewriter", 8, too_short=8), 3)
-
-
-def test_missing_rewrites_do_not_stop_a_run_that_has_other_candidates(leader: Any) -> None:
-    services = Services()
-
-    def step(_: int) -> None:
+    for number in range(steps):
         services.add("quality", 8)
-        services.add("rewriter", 8, too_short=8)
+        services.add("rewriter", 8)
+        watch.check(cut_at(8 * number), services, [CUT] * 5 + [SHORT] * 3)  # type: ignore[arg-type]
+    return services
 
-    until_it_stops(JudgeWatch(config_of(), leader), services, step, 9)
+
+def pool_config(*pool: str, rollouts: int, **preference: Any) -> Config:
+    return replace(
+        config_of(),
+        preference=PreferenceConfig(pool=pool, **preference),  # type: ignore[arg-type]
+        rollout=RolloutConfig(num_rollouts=rollouts),
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of("sft-rewrite"),
+        config_of("dpo-rewrite-over-rollout"),
+        replace(llama_1b4_from_scratch(), judge=config_of().judge, rewriter=config_of().rewriter),
+        pool_config("rewrite", "rollout", rollouts=1),
+        pool_config("original", "rewrite", rollouts=16),
+        # At the beginning the pool is the rewrite and one rollout.
+        pool_config("rewrite", "rollout", rollouts=16, curriculum="schedule", curriculum_rollout_ramp=9),
+    ],
+)
+def test_a_useless_rewriter_stops_what_has_nothing_to_train_without_it(leader: Any, config: Config) -> None:
+    with pytest.raises(SipError) as error:
+        without_rewrites(JudgeWatch(config, leader), 20)
+    said = str(error.value)
+    assert re.search(r"answers of the rewriter service are missing over .* most often truncated", said)
+    assert "--rewriter-url (http://r:2/v1), --rewriter-model, --rewriter-max-tokens" in said
+    assert "candidates/missing" in said
+
+
+def test_a_rewriter_behind_the_judges_url_is_named_by_its_own_flag(leader: Any) -> None:
+    config = replace(config_of("sft-rewrite"), rewriter=RewriterConfig())
+    with pytest.raises(SipError, match=r"--rewriter-url \(or --judge-url\) \(http://a:1/v1\)"):
+        without_rewrites(JudgeWatch(config, leader), 3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of(),
+        pool_config("rewrite", "rollout", rollouts=2),
+        pool_config("original", "rewrite", "rollout", rollouts=1),
+    ],
+)
+def test_missing_rewrites_do_not_stop_a_run_that_has_other_candidates(leader: Any, config: Config) -> None:
+    assert without_rewrites(JudgeWatch(config, leader), 9).voided == []
+
+
+def test_a_rewrite_is_lost_whether_it_did_not_come_or_makes_no_candidate() -> None:
+    """A text that came and is too short for a candidate is not among the services' missing answers."""
+    rollout, rewrite = Candidate(CandidateKind.ROLLOUT, (1,), "a"), Candidate(CandidateKind.REWRITE, (2,), "b")
+    pools = [Pool(0, "", "", (rollout,)), Pool(1, "", "", (rewrite, rollout)), Pool(2, "", "", (rewrite,))]
+    empty = Missing(MissingReason.EMPTY, "rollout 0 has no text")
+    assert _lost_rewrites(pools, [[SHORT, empty], [], [empty]]) == [SHORT, None, None]
+
+
+class Rewriting(Services):
+    """Services whose rewriter is well and writes far too little."""
+
+    def submit_rewrites(self, requests: Sequence[Any], _max_tokens: int) -> Future[list[str | Missing]]:
+        self.add("rewriter", len(requests))
+        future: Future[list[str | Missing]] = Future()
+        future.set_result(["x"] * len(requests))
+        return future
+
+    def judges(self, _iteration: int) -> list[Any]:
+        return []
+
+    def asked_of(self) -> dict[str, dict[str, str]]:
+        return {}
+
+
+def test_steps_whose_rewrites_are_all_too_short_end_the_run(leader: Any) -> None:
+    services: Any = Rewriting()
+    services.counts |= {"from_journal": 0.0, "from_cache": 0.0}
+    parts: dict[str, Any] = {
+        "world": SimpleNamespace(tp_size=1),
+        "leader": SimpleNamespace(
+            **vars(leader),
+            wait=lambda future, _trouble: future.result(),
+            tell=lambda batch: batch,
+            any=lambda value: value,
+        ),
+        "boundaries": SimpleNamespace(stage=lambda *_: nullcontext()),
+        "tokenizer": SimpleNamespace(
+            prefix_text=str, candidate_text=lambda _prefix, tokens: str(tokens), rewrite_tokens=lambda *_: SHORT
+        ),
+    }
+    config = pool_config("original", "rewrite", rollouts=1)
+    maker = PreferenceMaker(config, engine=None, services=services, **parts)  # type: ignore[arg-type]
+    for number in range(2):
+        assert [len(pool.candidates) for pool in maker.make(cut_at(number), number).pools] == [1]
+    with pytest.raises(SipError, match=r"3 of 3 answers of the rewriter service .* most often too_short"):
+        maker.make(cut_at(2), 2)
+    assert services.voided == [0]
+
+
+def message(leader: Any, name: str, judge: JudgeConfig) -> str:
+    """What a silent judge of this name ends the run with, after another reason had been common long before."""
+    services = Services()
+    watch = JudgeWatch(Config(judge=judge), leader)
+    services.add(name, 100, timeout=40)
+    watch.check(cut_at(0), services)  # type: ignore[arg-type]
+    with pytest.raises(SipError) as error:
+        until_it_stops(watch, services, lambda _: services.add(name, 8, malformed=8), 9)
+    return str(error.value)
+
+
+def test_the_message_names_the_judges_own_server_and_the_latest_cause(leader: Any) -> None:
+    urls = {"judge_url": ("http://a:1/v1",), "judge_missing_window": 3}
+    own = JudgeConfig(**urls, judge_set=("safety.weight=1", "safety.url=http://s:3/v1"))  # type: ignore[arg-type]
+    said = message(leader, "safety", own)
+    assert "the server of --judge-set safety.url (http://s:3/v1)" in said
+    assert "http://a:1" not in said
+    # 24 malformed against 40 timeouts, which have left the window.
+    assert "most often malformed" in said
+    assert "--judge-url (http://a:1/v1)" in message(leader, "quality", own)
+
+
+def test_a_classifier_has_no_server_to_look_at(leader: Any) -> None:
+    judge = JudgeConfig(judge_url=("http://a:1/v1",), classifier_weight=1.0, judge_missing_window=3)
+    said = message(leader, "classifier", judge)
+    assert "the candidates that --classifier profanity-check reads" in said
+    assert "server" not in said
+    assert "http://a:1" not in said
 
 
 def test_ranks_that_are_no_leaders_only_listen(leader: Any) -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from megatron_sip.config.cli import parse_config
 from megatron_sip.evaluation.simulated_judge import JudgeModel, SimulatedJudge
+from megatron_sip.preference.adaptive import AdaptivePlan
 from megatron_sip.preference.combine import combine
 from megatron_sip.preference.fitted import FittedScores
+from megatron_sip.preference.screen import ScreenedPlan
 from megatron_sip.preference.spec import JudgeSpec
 from megatron_sip.training.preferences import PreferenceMaker
 from megatron_sip.types import Answers, Candidate, CandidateKind, Pool, Question
@@ -86,3 +88,19 @@ def test_all_pairs_are_still_one_round_of_means() -> None:
     expected = combine(6, list(services.heard[0]), services.heard[0], [QUALITY], 0.5).total
     assert score is not None
     assert score.total == (*expected, expected[0])
+
+
+def test_the_adaptive_plan_knows_the_bonus_of_the_iteration() -> None:
+    """It looks for the ends of the totals that are trained on: original and rewrite have half their bonus at step 5."""
+    flags = ["--scoring=adaptive", "--curriculum=schedule", "--curriculum-bonus=0.4", "--curriculum-bonus-iters=10"]
+    kinds = (CandidateKind.ORIGINAL, CandidateKind.REWRITE, CandidateKind.ROLLOUT)
+    pool = Pool(0, "prefix", "original", tuple(Candidate(kind, (i,), str(i)) for i, kind in enumerate(kinds)))
+    for extra in ([], ["--screen-repetition-above=0.5"]):
+        made = maker(Judges([3]), *flags, *extra)._plan(pool, [QUALITY], 5)
+        behind = made.behind({}) if isinstance(made, ScreenedPlan) else None
+        plan = made if behind is None else behind.plan
+        assert isinstance(plan, AdaptivePlan)
+        assert plan.bonus == pytest.approx((0.2, 0.2, 0.0))
+    over = maker(Judges([3]), *flags)._plan(pool, [QUALITY], 10)
+    assert isinstance(over, AdaptivePlan)
+    assert over.bonus == ()
