@@ -31,12 +31,13 @@ class Home:
     def here(cls) -> Home:
         """This process."""
         try:
-            # In containers of one machine the same number means different processes.
+            # In containers of one machine the same number means different processes; and machines may share a name.
             space = os.readlink("/proc/self/ns/pid")
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
-            space = ""
+            space = boot = ""
         pid = os.getpid()
-        return cls(f"{socket.gethostname()} {space}".strip(), pid, started_at(pid) or "", os.getpgid(0))
+        return cls(f"{socket.gethostname()} {space} {boot}".strip(), pid, started_at(pid) or "", os.getpgid(0))
 
     @property
     def alive(self) -> bool:

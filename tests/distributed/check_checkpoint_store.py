@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, named_iteration
+from megatron_sip.checkpoint.lock import SaveLock
 from megatron_sip.checkpoint.manifest import MANIFEST, file_entry, read_manifest, write_manifest
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.checkpoint.restricted import UnsafeFileError
@@ -86,7 +87,7 @@ class StoreCheck:
 
     def writer(self, **settings: Any) -> Any:
         config = replace(self.config, checkpoint=replace(self.config.checkpoint, **settings))
-        made = self.writer_module.CheckpointWriter(config, self.world, self.said.append)
+        made = self.writer_module.CheckpointWriter(config, self.world, self.said.append, SaveLock(None, print))
         made.prepare()
         return made
 
