@@ -70,13 +70,15 @@ class Place:
 class Report:
     """What a rank says of itself: its place and, where it was asked, what its main thread does.
 
-    `waiting`: in a collective or for the device, so for another rank perhaps. `done`: it leaves by itself.
+    `waiting`: in a collective or for the device, so for another rank perhaps. `done`: it leaves by itself. `beat`: how
+    many reports it has given.
     """
 
     place: Place
     waiting: bool = False
     line: str = ""
     done: bool = False
+    beat: int = 0
 
     def dumps(self) -> str:
         """As text for the store."""
