@@ -85,7 +85,8 @@ def write_mcore(
         if state:
             _copy_rest(state.folder, folder)
         else:
-            torch.save(policy_alone(), folder / COMMON)
+            # Python's own write tells what the disk says; torch's writer makes a RuntimeError of it.
+            (folder / COMMON).write_bytes(_saved(policy_alone()).getbuffer())
         save_run_config(config, folder / RUN_CONFIG)
         files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
         write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files, time.time()))
@@ -108,9 +109,13 @@ def extra_states(num_layers: int) -> dict[str, Callable[[], io.BytesIO]]:
 
 
 def _saved_none() -> io.BytesIO:
-    content = io.BytesIO()
-    torch.save([None], content)
-    return content
+    return _saved([None])
+
+
+def _saved(content: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file
 
 
 def _copy_rest(source: Path, target: Path) -> None:

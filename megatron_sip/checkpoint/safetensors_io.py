@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import struct
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -141,10 +142,14 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     """
     final = Path(target).absolute()
     require_absent(final)
-    temporary = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    # A name that nobody has: a pid is unique within one container only, and the disk may be shared.
+    temporary = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:16]}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
+    except OSError as error:
+        raise _refused(final, error) from error
+    try:
         yield temporary
         for path in temporary.rglob("*"):
             _sync(path)
@@ -152,9 +157,13 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         temporary.rename(final)
         _sync(final.parent)
     except OSError as error:
-        raise CheckpointError(f"cannot write {final}: {error.strerror or error}; nothing was changed there") from error
+        raise _refused(final, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refused(final: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot write {final}: {error.strerror or error}; nothing was changed there")
 
 
 def require_absent(target: str | Path) -> None:

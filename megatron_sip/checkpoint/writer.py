@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron_sip.checkpoint.agree import attempt, from_main
 from megatron_sip.checkpoint.dist import state_to_save
 from megatron_sip.checkpoint.latest import checkpoint_folder, first_line
+from megatron_sip.checkpoint.lock import SaveLock
 from megatron_sip.checkpoint.manifest import COMMON, write_durably
 from megatron_sip.checkpoint.naming import incomplete_folder
 from megatron_sip.checkpoint.plan import HostCopies, Item, SavePlan, common_bytes, plan_save
@@ -78,11 +79,11 @@ class _Pending:
 class CheckpointWriter:
     """Writes the checkpoints of one run. Every rank makes the same calls in the same order, on its main thread.
 
-    One save is under way at most. `say` prints on the main rank.
+    One save is under way at most. `say` prints on the main rank; `lock` is held there.
     """
 
-    def __init__(self, config: Config, world: World, say: Callable[[str], None]) -> None:
-        self._config, self._world, self._say = config, world, say
+    def __init__(self, config: Config, world: World, say: Callable[[str], None], lock: SaveLock) -> None:
+        self._config, self._world, self._say, self._lock = config, world, say, lock
         self._pending: _Pending | None = None
         self._copies = HostCopies()
         self.last_saved: int | None = None
@@ -109,13 +110,14 @@ class CheckpointWriter:
         A save that is under way is finished first.
 
         Raises:
-            CheckpointError: the folder cannot be written, on all ranks alike; an earlier checkpoint stays intact.
+            CheckpointError: the folder cannot be written, or another run took it over, on all ranks alike; an earlier
+                checkpoint stays intact.
         """
         self.finish()
         started = time.perf_counter()
         root, iteration = self._root(), progress.iteration
         partial = incomplete_folder(root, iteration)
-        from_main(self._world, lambda: _written(partial, lambda: fresh_folder(partial)))
+        from_main(self._world, lambda: _written(partial, lambda: self._begin(partial)))
         plan = plan_save(state_to_save(trainer, progress), str(partial), self._world)
         items: Iterable[Item] = plan.items()
         if self._config.checkpoint.async_save:
@@ -177,8 +179,16 @@ class CheckpointWriter:
             pending.naming = Future()
             pending.naming.set_result(None)
             return
-        root, config = self._root(), self._config
-        pending.naming = _in_background(lambda: publish(config, root, pending.iteration, pending.plan, parts))
+        files = parts
+        pending.naming = _in_background(lambda: self._name(pending, files))
+
+    def _begin(self, partial: Path) -> None:
+        self._lock.require()
+        fresh_folder(partial)
+
+    def _name(self, pending: _Pending, parts: list[Written]) -> str | None:
+        self._lock.require()
+        return publish(self._config, self._root(), pending.iteration, pending.plan, parts)
 
     def _result(self, pending: _Pending, future: Future[T]) -> T:
         """A future's result, where it is one on all ranks; else the save is given up everywhere."""

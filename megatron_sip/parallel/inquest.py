@@ -31,12 +31,13 @@ class Home:
     def here(cls) -> Home:
         """This process."""
         try:
-            # In containers of one machine the same number means different processes.
+            # In containers of one machine the same number means different processes; and machines may share a name.
             space = os.readlink("/proc/self/ns/pid")
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
-            space = ""
+            space = boot = ""
         pid = os.getpid()
-        return cls(f"{socket.gethostname()} {space}".strip(), pid, started_at(pid) or "", os.getpgid(0))
+        return cls(f"{socket.gethostname()} {space} {boot}".strip(), pid, started_at(pid) or "", os.getpgid(0))
 
     @property
     def alive(self) -> bool:
@@ -69,13 +70,15 @@ class Place:
 class Report:
     """What a rank says of itself: its place and, where it was asked, what its main thread does.
 
-    `waiting`: in a collective or for the device, so for another rank perhaps. `done`: it leaves by itself.
+    `waiting`: in a collective or for the device, so for another rank perhaps. `done`: it leaves by itself. `beat`: how
+    many reports it has given.
     """
 
     place: Place
     waiting: bool = False
     line: str = ""
     done: bool = False
+    beat: int = 0
 
     def dumps(self) -> str:
         """As text for the store."""

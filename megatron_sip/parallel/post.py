@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from torch.distributed import DistError
@@ -20,6 +21,7 @@ from torch.distributed import DistError
 from megatron_sip.parallel.ending import FAILED, HUNG, ORPHANED, is_stopped, say
 from megatron_sip.parallel.inquest import Finding, Home, Report, find_fault, hang_text
 from megatron_sip.parallel.meeting import Meeting
+from megatron_sip.parallel.silence import SILENCE_SECONDS, Silence
 
 PERIOD = 0.5
 """Seconds between two looks at the store."""
@@ -70,6 +72,10 @@ class Post:
         self._neighbours = {
             rank: home for rank, home in self.homes.items() if rank != self.rank and home.machine == mine
         }
+        # In ring order from here, so that every machine has a rank that another machine looks after.
+        ring = [(self.rank + step) % self.size for step in range(1, self.size)]
+        self._far = [rank for rank in ring if self.homes[rank].machine != mine]
+        self._silence, self._beat = Silence(), 0
         self._thread = threading.Thread(target=self._run, name="sip-post", daemon=True)
         self._thread.start()
 
@@ -113,7 +119,7 @@ class Post:
                 self._round()
                 self._wake.wait(PERIOD)
                 self._wake.clear()
-            self._store.set(f"report/{self.rank}", replace(self._report(False), done=True).dumps())
+            self._leave()
         except DistError as error:
             # At the end of a run its first rank, or its launcher, may take the store along.
             if not self._closing.wait(_CALL_SECONDS):
@@ -124,13 +130,22 @@ class Post:
             # A fault of ours shall not end a training run; its deadlines stay, each rank's own.
             traceback.print_exc()
             say(f"megatron_sip: rank {self.rank} no longer hears of the others' faults; see the traceback")
+            with suppress(DistError):
+                self._leave()  # its silence is no death
+
+    def _leave(self) -> None:
+        """The last report of this rank; nobody misses it from now on."""
+        self._store.set(f"report/{self.rank}", replace(self._report(False), done=True).dumps())
 
     def _round(self) -> None:
-        self._store.set(f"report/{self.rank}", self._report(False).dumps())
+        self._beat += 1
+        self._store.set(f"report/{self.rank}", replace(self._report(False), beat=self._beat).dumps())
         if self.verdict is None and self._store.check(["verdict"]):
             self.verdict = _verdict(self._store.get("verdict"))
         if self.verdict is None:
             self._look_after_neighbours()
+        if self.verdict is None:
+            self._look_far()
         if self.verdict is None:
             self._hear_alarm()
         if self.verdict is not None and not self._delivered and not self._closing.is_set():
@@ -152,6 +167,25 @@ class Post:
             text = f"rank {rank} is gone ({home} was killed or crashed){self._last_words(rank)}; all ranks end"
             self.accuse(Verdict(text, FAILED, (rank,)))
             return
+
+    def _look_far(self) -> None:
+        """Of the next rank on another machine only its reports can be seen; one that dies alone there gives none."""
+        if not self._far:
+            return
+        rank = self._far[0]
+        last = self._last_report(rank)
+        if last is not None and last.done:
+            del self._far[0]
+            self._silence = Silence()
+            return
+        silent = self._silence.look(None if last is None else last.beat, time.monotonic())
+        if silent < SILENCE_SECONDS:
+            return
+        text = (
+            f"rank {rank} ({self.homes[rank]}) has told nothing for {silent:.0f} s: its process or its machine is gone "
+            f"or stands still{self._last_words(rank)}; all ranks end"
+        )
+        self.accuse(Verdict(text, FAILED, (rank,), silent=True))
 
     def _hear_alarm(self) -> None:
         if self._alarm is not None:

@@ -16,6 +16,7 @@ back beyond it (`effective_steps`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,19 @@ def effective_steps(records: Iterable[Record]) -> list[Record]:
     return steps
 
 
-def up_to(records: Sequence[Record], iteration: int) -> list[Record] | None:
-    """The records that led to the checkpoint of `iteration`; None if they do not lead there.
+def up_to(records: Sequence[Record], iteration: int, jumped: Ranges = ()) -> list[Record] | None:
+    """The records that led to the checkpoint of `iteration`, which leaves `jumped` out; None if they do not lead there.
 
     A step is written before its checkpoint is, and a rollback goes back to the newest checkpoint: so the state of a
-    checkpoint belongs to the last step of its number.
+    checkpoint belongs to the last step of its number, or to a rollback behind it. The latter saves what it leaves out
+    under the number that it went back to; a checkpoint that does not know of it was there before.
     """
+    known = set(indices_in(jumped))
     for last in range(len(records) - 1, -1, -1):
-        if records[last]["kind"] == "step" and records[last]["iteration"] == iteration:
+        record = records[last]
+        if record["iteration"] != iteration:
+            continue
+        if record["kind"] == "step" or (record["kind"] == "rollback" and known.issuperset(samples(record["jumped"]))):
             return list(records[: last + 1])
     begins_there = bool(records) and records[0]["kind"] == "start" and records[0]["iteration"] == iteration
     return [] if begins_there else None
@@ -112,7 +118,9 @@ class AuditLog:
             ConfigError: the file cannot be written.
             DataError: what stands there is no audit log.
         """
-        self._writer = JsonlWriter(path, start_iteration=iteration, flag="--audit-log", cut=_cut, durable=True)
+        self._writer = JsonlWriter(
+            path, start_iteration=iteration, flag="--audit-log", cut=partial(_cut, jumped=jumped), durable=True
+        )
         self._writer.write(start_record(iteration, next_sample, jumped))
 
     def write(self, record: Record) -> None:
@@ -124,12 +132,12 @@ class AuditLog:
         self._writer.close()
 
 
-def _cut(path: Path, iteration: int) -> None:
-    """Leave in the file what led to `iteration`."""
+def _cut(path: Path, iteration: int, jumped: Ranges) -> None:
+    """Leave in the file what led to `iteration`, with the rollbacks that made `jumped`."""
     if not path.exists():
         return
     records = read_audit(path)
-    kept = up_to(records, iteration)
+    kept = up_to(records, iteration, jumped)
     if kept is None:
         set_aside(path)
     else:

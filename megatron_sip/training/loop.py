@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from megatron_sip.checkpoint.agree import from_main
+from megatron_sip.checkpoint.lock import SaveLock
 from megatron_sip.checkpoint.writer import CheckpointWriter
 from megatron_sip.config.groups import Config
 from megatron_sip.config.validate import validate
@@ -64,17 +66,20 @@ class Run:
         self.boundaries = Boundaries(world, watch)
         self.services: PreferenceServices | None = None
         self.reporter: Reporter | None = None
+        save = config.checkpoint.save
+        self.lock = SaveLock(Path(save) if save and world.is_main else None, _say)
 
     def assemble(self) -> None:
         """Open and build everything; all ranks do each step together, so that what fails on one is told by all."""
         together, world = self.leader.together, self.world
-        self.config = from_main(world, lambda: continued(self.config, lambda text: print(f"> {text}", flush=True)))
+        from_main(world, self.lock.acquire)  # before anything there is put in order
+        self.config = from_main(world, lambda: continued(self.config, _say))
         self.data = together(lambda: assemble.open_data(self.config))
         self.config = together(lambda: assemble.with_model(self.config, self.data.tokenizer))
         together(lambda: validate(self.config, world.size))
         self.reporter = reporter = Reporter(self.config, world)
         reporter.describe(self.config, self.data.stream.skipped())
-        writer = CheckpointWriter(self.config, world, reporter.say)
+        writer = CheckpointWriter(self.config, world, reporter.say, self.lock)
         writer.prepare()
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
@@ -141,6 +146,7 @@ class Run:
     def close(self) -> None:
         """Leave nothing running and no file open, whatever happened before."""
         with self.watch.stage("report"), ExitStack() as closing:
+            closing.callback(self.lock.release)  # called last
             if self.reporter:
                 closing.callback(self.reporter.close)
             if self.services:
@@ -158,3 +164,8 @@ class Run:
             return self.leader.together(
                 lambda: self.data.stream.batch(consumed_samples, world.dp_rank, world.dp_size, jumped)
             )
+
+
+def _say(text: str) -> None:
+    """A line before there is a reporter; for the main rank."""
+    print(f"> {text}", flush=True)

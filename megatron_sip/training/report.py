@@ -206,11 +206,6 @@ class Reporter:
             self._pending.append(lambda: sinks.log(iteration, {**general, **values}))
         self._forget_interval()
 
-    def saved(self, iteration: int, folder: Path) -> None:
-        """A checkpoint was written."""
-        self.last_saved = iteration
-        self.say(f"checkpoint of iteration {iteration} saved to {folder}")
-
     def close(self) -> None:
         """Flush and close the sinks."""
         with ExitStack() as closing:

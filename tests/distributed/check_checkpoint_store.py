@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, named_iteration
+from megatron_sip.checkpoint.lock import LOCK, SaveLock
 from megatron_sip.checkpoint.manifest import MANIFEST, file_entry, read_manifest, write_manifest
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.checkpoint.restricted import UnsafeFileError
@@ -84,9 +85,9 @@ class StoreCheck:
         self.trainer = PolicyTrainer(build_policy(self.config, self.world), self.config, self.world)
         self.said: list[str] = []
 
-    def writer(self, **settings: Any) -> Any:
+    def writer(self, lock: SaveLock | None = None, **settings: Any) -> Any:
         config = replace(self.config, checkpoint=replace(self.config.checkpoint, **settings))
-        made = self.writer_module.CheckpointWriter(config, self.world, self.said.append)
+        made = self.writer_module.CheckpointWriter(config, self.world, self.said.append, lock or SaveLock(None, print))
         made.prepare()
         return made
 
@@ -327,6 +328,25 @@ def check_retention(check: StoreCheck) -> None:
     assert found == [f"iter_{kept:07d}" for kept in (0, 5, 10, 11, 12)], found
 
 
+def check_a_lost_lock(check: StoreCheck) -> None:
+    """Another run took the folder while this one stood still: it names nothing there any more."""
+    file, lock = check.root / LOCK, SaveLock(check.root if check.world.is_main else None, check.said.append)
+    lock.acquire()
+    writer = check.writer(lock, async_save=True)
+    for begun in (False, True):
+        if begun:
+            writer.save(check.trainer, progress(13))
+        check.on_main(lambda: file.write_text("another's"))
+        with check.refused(f"--save {check.root} was taken over by", "it saves nothing more"):
+            if not begun:
+                writer.save(check.trainer, progress(13))
+            writer.finish()
+        check.on_main(file.unlink)
+    assert named_iteration(check.root) == 12
+    assert not checkpoint_folder(check.root, 13).exists()
+    lock.release()
+
+
 def main() -> None:
     root, tp = Path(sys.argv[1]) / "saved", int(sys.argv[2])
     check = StoreCheck(root, tp)
@@ -344,6 +364,7 @@ def main() -> None:
         check_a_changed_byte(check)
         check_attacks(check)
         check_retention(check)
+        check_a_lost_lock(check)
     if check.world.is_main:
         print("checkpoint store ok")
     world_module.stop()

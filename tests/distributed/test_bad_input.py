@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ from spawn import free_port, torchrun
 from tiny_corpus import documents, make_corpus, make_tokenizer
 from tiny_run import DATA, MODEL, TRAINING
 
+from megatron_sip.checkpoint.lock import LOCK
 from megatron_sip.data.indexed import IndexedWriter
 from megatron_sip.data.preprocess import preprocess
+from megatron_sip.parallel.inquest import Home
 
 RIGHT_KEY, WRONG_KEY = "the-right-key-314", "a-wrong-key-271"
 PREFIX = "megatron_sip: error: "
@@ -47,6 +49,9 @@ def make_inputs(root: Path, good: str) -> None:
             shutil.copy(f"{good}{end}", root / f"{name}{end}")
     for path in (root / "truncated-idx.idx", root / "truncated-bin.bin"):
         path.write_bytes(path.read_bytes()[:-100])
+    (root / "held").mkdir()
+    owner = {"home": asdict(Home.here()), "since": "this morning", "token": "x"}  # this process, which lives
+    (root / "held" / LOCK).write_text(json.dumps(owner))
     IndexedWriter(str(root / "empty"), np.dtype(np.uint16)).close()
     with IndexedWriter(str(root / "larger"), np.dtype(np.uint16)) as writer:
         for _ in range(20):
@@ -106,6 +111,9 @@ def bad_inputs(root: Path, guarded: FakeServer, broken: FakeServer) -> dict[str,
         ),
         "missing-checkpoint": Bad(("--load", f"{root}/nowhere"), ("--load", "nowhere", "does not exist")),
         "save-in-a-file": Bad(("--save", f"{root}/larger.bin"), ("cannot write to --save", "larger.bin: File exists")),
+        "save-of-another-run": Bad(
+            ("--save", f"{root}/held"), (f"--save {root}/held is in use by another run", "since this morning")
+        ),
         "retention-without-multiple": Bad(
             ("--save-interval", "2", "--save-retain-interval", "3"),
             ("--save-retain-interval 3", "--save-interval 2", "such as 4"),
@@ -127,7 +135,7 @@ def bad_inputs(root: Path, guarded: FakeServer, broken: FakeServer) -> dict[str,
             ),
         ),
     }
-    assert len(found) == 25
+    assert len(found) == 26
     return found
 
 
@@ -135,7 +143,8 @@ NAMES = (
     "missing-corpus empty-corpus truncated-idx truncated-bin ids-beyond-the-tokenizer corpus-of-another-tokenizer "
     "vocabulary-smaller-than-the-tokenizer missing-tokenizer short-documents judge-that-refuses rewriter-that-refuses "
     "wrong-key no-key unknown-model tp-and-heads wider-model fewer-layers other-heads larger-vocabulary "
-    "ranks-and-layout missing-checkpoint save-in-a-file retention-without-multiple misspelt-flag judge-without-verdicts"
+    "ranks-and-layout missing-checkpoint save-in-a-file save-of-another-run retention-without-multiple misspelt-flag "
+    "judge-without-verdicts"
 ).split()
 
 

@@ -104,8 +104,15 @@ def test_other_data_settings_refuse_to_resume(runs: Runs, unbroken: list[dict]) 
 
 
 def test_next_token_prediction_and_rf_nll_share_the_loop(runs: Runs) -> None:
-    base = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--train-iters", "4", "--lr-decay-iters", "4")
-    ntp = runs("ntp", 2, *base, "--objective", "ntp", "--lr", "1e-2")
+    """The first run has no end but its time limit: it saves what it trained and leaves well."""
+    base = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--lr-decay-iters", "4")
+    limit = ("--train-iters", "1000000", "--exit-duration-in-mins", "0.1")
+    ntp = runs("ntp", 2, *base, *limit, "--objective", "ntp", "--lr", "1e-2")
     assert ntp[-1]["loss"] < ntp[0]["loss"]
-    rf_nll = runs("rf-nll", 2, *base, "--objective", "rf-nll", "--load", str(runs.root / "ntp"), "--finetune")
+    last = ntp[-1]["iteration"]
+    assert f"> stopping after iteration {last}: --exit-duration-in-mins" in runs.output
+    assert f"> checkpoint of iteration {last} saved to " in runs.output
+    assert (runs.root / "ntp" / "latest_checkpointed_iteration.txt").read_text() == f"{last}\n"
+    flags = ("--train-iters", "4", "--objective", "rf-nll", "--load", str(runs.root / "ntp"), "--finetune")
+    rf_nll = runs("rf-nll", 2, *base, *flags)
     assert sum(line["pairs/valid"] for line in rf_nll) > 8

@@ -15,12 +15,15 @@ import torch
 from hf_toys import KINDS, toy_llama
 from safetensors.torch import load_file, save_file
 
+from megatron_sip.checkpoint import convert_to_mcore
 from megatron_sip.checkpoint.hf import Conversion, convert
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.checkpoint.latest import whole_problem
 from megatron_sip.checkpoint.stream_read import StoredTensors
+from megatron_sip.checkpoint.stream_write import write_distributed
 from megatron_sip.config.run_config import load_run_config
 from megatron_sip.errors import CheckpointError
+from tools.checkpoint.convert import main
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -295,6 +298,21 @@ def test_a_disk_that_refuses_is_named_and_leaves_nothing(loader, saver, tmp_path
     with largest_file(400_000), pytest.raises(CheckpointError, match=r"cannot write .*out"):
         convert(Conversion(loader, saver, tmp_path / loader, tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+
+
+def test_a_disk_that_is_full_only_behind_the_weights_is_named_too(tmp_path, monkeypatch, capsys):
+    toy_llama(tmp_path / "hf")
+
+    def fill_the_disk(folder: Path, *arguments) -> None:
+        write_distributed(folder, *arguments)
+        (folder / "common.pt").symlink_to("/dev/full")
+
+    monkeypatch.setattr(convert_to_mcore, "write_distributed", fill_the_disk)
+    flags = ["--loader", "hf", "--saver", "mcore", "--load-dir", str(tmp_path / "hf")]
+    assert main([*flags, "--save-dir", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"convert: cannot write {tmp_path / 'out'}: No space left on device; nothing was changed there"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_link_out_of_the_tokenizers_folder_is_not_copied(tmp_path):

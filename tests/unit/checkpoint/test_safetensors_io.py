@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import uuid
 
 import pytest
 import torch
@@ -196,3 +198,19 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):
     with new_folder(tmp_path / "empty") as temporary:
         (temporary / "file").write_text("x")
     assert (tmp_path / "empty" / "file").exists()
+
+
+def test_two_writers_with_one_pid_do_not_touch_each_other(tmp_path, monkeypatch):
+    """As in two containers over one disk: pids are the same there, and the later one fails."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with new_folder(tmp_path / "out") as first:
+        (first / "file").write_text("first")
+        with pytest.raises(RuntimeError, match="midway"):
+            write_half(tmp_path / "out")
+        assert (first / "file").read_text() == "first"
+        with monkeypatch.context() as patch:  # whatever its name, a folder that is there is another's
+            patch.setattr(uuid, "uuid4", lambda: uuid.UUID(hex=first.name.rsplit("-", 1)[1] + "0" * 16))
+            with pytest.raises(CheckpointError, match=r"cannot write .*File exists"), new_folder(tmp_path / "out"):
+                pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "first"

@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.parallel import meeting as meeting_module
-from megatron_sip.parallel.inquest import Place, Report
+from megatron_sip.parallel import post as post_module
+from megatron_sip.parallel.inquest import Home, Place, Report
 from megatron_sip.parallel.meeting import Meeting, meet
 from megatron_sip.parallel.post import Alarm, Post, Verdict
+from megatron_sip.parallel.silence import Silence
 
 WAITS = Report(Place("train", 3, (8, 11), 7), True, "step.py:5 in step")
 WORKS = Report(Place("train", 3, (12, 15), 7), False, "loss.py:9 in loss")
@@ -110,6 +112,74 @@ def test_a_rank_that_is_gone_is_missed_by_its_neighbours_and_one_that_left_is_no
     assert verdict.ranks == (1,)
     assert "rank 1 is gone (process" in verdict.text
     assert "last heard of in stage train of iteration 3 (samples 12 to 15)" in verdict.text
+
+
+def on_machines(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Each rank that introduces itself is on the next of these machines."""
+    left, here = iter(names), Home.here()
+    monkeypatch.setattr(Home, "here", classmethod(lambda _: replace(here, machine=next(left))))
+    monkeypatch.setattr(post_module, "SILENCE_SECONDS", 2.0)
+
+
+def test_a_rank_alone_on_its_machine_is_missed_when_it_falls_silent(
+    posts: Callable[..., tuple[list[Post], list[list[Verdict]]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    on_machines(monkeypatch, "one", "two", "three")
+    made, heard = posts(WAITS, WORKS, WORKS)
+    until(lambda: all((post._last_report(post.rank) or WORKS).beat > 5 for post in made), 60)
+    assert not any(heard)  # they live
+    made[1]._round = lambda: None  # type: ignore[method-assign]
+    until(lambda: bool(heard[0] and heard[2]))
+    assert heard[0] == heard[2]
+    (verdict,) = heard[0]
+    assert (verdict.ranks, verdict.status, verdict.silent, verdict.author) == ((1,), 1, True, 0)
+    assert f"rank 1 (process {made[1].homes[1].pid} on " in verdict.text
+    assert " has told nothing for 2 s: its process or its machine is gone or stands still, last heard of in stage " in (
+        verdict.text
+    )
+    assert capfd.readouterr().err.count("megatron_sip: error: ") == 1
+
+
+def test_who_left_by_itself_is_not_missed_and_the_next_one_is_looked_after(
+    posts: Callable[..., tuple[list[Post], list[list[Verdict]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machines(monkeypatch, "one", "two", "three")
+    made, heard = posts(WAITS, WORKS, WORKS)
+    assert made[1].close()
+    until(lambda: made[0]._far == [2])
+    time.sleep(3)
+    assert not any(heard)
+    made[2]._round = lambda: None  # type: ignore[method-assign]
+    until(lambda: bool(heard[0]))
+    assert heard[0][0].ranks == (2,)
+
+
+def test_a_thread_of_ours_that_fails_is_no_death(
+    posts: Callable[..., tuple[list[Post], list[list[Verdict]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machines(monkeypatch, "one", "two")
+    made, heard = posts(WAITS, WORKS)
+
+    def fail() -> None:
+        raise ValueError("ours")
+
+    made[1]._round = fail  # type: ignore[method-assign]
+    until(lambda: made[0]._far == [])
+    time.sleep(3)
+    assert not any(heard)
+
+
+def test_silence_counts_only_what_could_have_been_heard() -> None:
+    silence = Silence()
+    assert [silence.look(None, now) for now in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]
+    assert silence.look(1, 1.5) == 0.0
+    assert silence.look(1, 2.0) == 0.5
+    # The store did not answer for a minute, or this process was stopped.
+    assert silence.look(1, 62.0) == 1.5
+    assert silence.look(2, 62.5) == 0.0
+    assert Report.loads(replace(WORKS, beat=7).dumps()).beat == 7
 
 
 def test_a_meeting_is_among_those_of_one_start_only(server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:

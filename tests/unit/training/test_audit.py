@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sip.data.cursor import Ranges
 from megatron_sip.errors import DataError
 from megatron_sip.training.audit import (
     OUTCOMES,
@@ -123,8 +124,30 @@ def test_a_log_is_cut_where_its_checkpoint_was_made() -> None:
     assert up_to(records, 9) is None
 
 
-def launch(path: Path, iteration: int, first: int, *records: Record) -> None:
-    log = AuditLog(path, iteration=iteration, next_sample=first, jumped=())
+def test_a_rollback_stays_where_its_checkpoint_was_saved(tmp_path: Path) -> None:
+    """It is saved under the number that it went back to; a kill before the next step must not lose what it took back.
+
+    Killed before that save, the checkpoint of this number is the old one, and the rollback comes again.
+    """
+    jumped, records = ((12, 20),), rolled_back()
+    assert up_to(records, 2, jumped) == records[:7]
+    assert up_to(records, 2, ((12, 16),)) == records[:3]
+    assert up_to(records, 4, jumped) == records[:9]
+    path = tmp_path / "audit.jsonl"
+    launch(path, 0, 0, *records[1:7])
+    launch(path, 2, 8, step(3, 8), step(4, 20), jumped=jumped)
+    kinds = [(record["kind"], record["iteration"]) for record in read_audit(path)]
+    assert kinds[5:] == [("step", 5), ("rollback", 2), ("start", 2), ("step", 3), ("step", 4)]
+    report = check_audit(read_audit(path))
+    assert (report.faults, report.jumped, len(report.rollbacks)) == ((), jumped, 1)
+    # The same at the beginning of a log, behind a checkpoint of another folder.
+    moved = [start_record(2, 8, ()), *records[3:7]]
+    assert up_to(moved, 2, jumped) == moved
+    assert up_to(moved, 2) == []
+
+
+def launch(path: Path, iteration: int, first: int, *records: Record, jumped: Ranges = ()) -> None:
+    log = AuditLog(path, iteration=iteration, next_sample=first, jumped=jumped)
     for record in records:
         log.write(record)
     log.close()
