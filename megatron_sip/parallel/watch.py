@@ -30,7 +30,9 @@ from megatron_sip.parallel.post import ANSWER_SECONDS, Alarm, Post, Verdict
 from megatron_sip.parallel.signals import StopSignal
 
 AGREE_SECONDS = 10.0
-"""Behind the grace: how long the ranks may take to agree on a stop."""
+"""Behind the grace: how long the ranks may take to agree on a stop, unless their next boundary is further away."""
+_LATE = 1.5
+"""How many times as long as ever before the way to a boundary may take when the ranks were asked to stop."""
 _TICK = 0.5
 _PATIENCE = 2.0
 """How long a rank that hears of another's end may take to end by itself, and close its files."""
@@ -66,6 +68,8 @@ class StageWatch:
         now = time.monotonic()
         self._standing = Standing(Place(), now, now)
         self._means: dict[str, float] = {}
+        self._boundary, self._boundary_at = "", now
+        self._apart: dict[str, float] = {}
         self._depth = 0
         self._post: Post | None = None
         self._rank = int(os.environ.get("RANK", "0"))
@@ -120,6 +124,17 @@ class StageWatch:
     def feed(self) -> None:
         """There is progress within the stage, or a lawful wait that all ranks know of: its deadline begins anew."""
         self._standing = replace(self._standing, moved=time.monotonic())
+
+    def met(self, ahead: str | None = None) -> None:
+        """All ranks are at a boundary, where they heard whether one of them was asked to stop; that is progress too.
+
+        `ahead` names the way to the next boundary; None where it goes on as before.
+        """
+        now = time.monotonic()
+        if self._boundary:
+            self._apart[self._boundary] = max(self._apart.get(self._boundary, 0.0), now - self._boundary_at)
+        self._boundary, self._boundary_at = ahead or self._boundary, now
+        self.feed()
 
     @property
     def place(self) -> Place:
@@ -264,12 +279,16 @@ class StageWatch:
         asked = None if self._agreed or self._ending else self.stop.signalled_at
         limit = self.grace + AGREE_SECONDS
         unhurried = place.stage in _UNHURRIED and self._depth > 0
-        if asked is not None and not unhurried and now - max(asked, self._unhurried_until) > limit:
-            return Alarm(
-                f"the ranks did not agree to stop within {limit:.0f} s of {self.stop.reason} "
-                f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}), and nothing is saved",
-                NOT_AGREED,
-            )
+        if asked is not None and not unhurried:
+            begun = max(asked, self._unhurried_until)
+            # Ranks that are well agree at their next boundary; an end before it would lose the state for nothing.
+            due = self._boundary_at + _LATE * self._apart.get(self._boundary, 0.0)
+            if now > max(begun + limit, due):
+                return Alarm(
+                    f"the ranks did not agree to stop within {max(limit, due - asked):.0f} s of {self.stop.reason} "
+                    f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}), and nothing is saved",
+                    NOT_AGREED,
+                )
         limit = self._limits[place.stage]
         if now - self._standing.moved > limit:
             return Alarm(

@@ -80,7 +80,8 @@ class Run:
         self.services = together(lambda: assemble.connect_services(self.config, world))
         # With collectives inside: a rank that fails there could not tell the others in one of them; the watch does.
         self.trainer = assemble.build_trainer(self.config, world)
-        self.trainer.on_progress = self.watch.feed
+        self.trainer.before_pass = lambda: self.boundaries.before("train")
+        self.trainer.before_micro_batch = self.boundaries.before_micro_batch
         with self.watch.stage("load"):
             progress = assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
         together(lambda: reporter.start(progress))
