@@ -202,6 +202,36 @@ def test_checkpoints_without_a_time_come_last(root: Path) -> None:
     assert candidates(root) == [6, 4, 2, 1]
 
 
+def test_without_the_latest_file_the_last_one_written_is_taken(root: Path) -> None:
+    (root / LATEST).unlink()
+    assert candidates(root) == [6, 4, 2]
+    said: list[str] = []
+    assert newest_whole(root, said.append) == 6
+    [warning] = said
+    assert warning.startswith(f"WARNING: {root / LATEST} is missing; taking {checkpoint_folder(root, 6)}")
+    cut(checkpoint_folder(root, 6) / "common.pt")
+    assert newest_whole(root, said.append) == 4
+    assert f"{root / LATEST} is missing; {checkpoint_folder(root, 6)} is damaged" in said[1]
+    make(root, 3, written=9.0)  # the run had gone back to 2
+    assert candidates(root) == [3, 2]
+
+
+def test_without_the_latest_file_and_a_whole_checkpoint_nothing_begins_anew(root: Path) -> None:
+    (root / LATEST).unlink()
+    for iteration in (2, 4, 6):
+        cut(checkpoint_folder(root, iteration) / "common.pt")
+    said = r"latest_checkpointed_iteration.txt is missing; .*iter_0000006 is damaged.*no whole checkpoint is left"
+    with pytest.raises(CheckpointError, match=said):
+        newest_whole(root, print)
+
+
+def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("iter_0000002.incomplete", "iter_0000004.deleted"):
+        (tmp_path / name).mkdir()
+    assert candidates(tmp_path) == []
+    assert newest_whole(tmp_path, print) is None
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert newest_whole(tmp_path / "nowhere", print) is None
     assert newest_whole(tmp_path, print) is None
