@@ -84,8 +84,10 @@ def _written_at(folder: Path) -> float:
         return 0.0  # of an early version, or damaged: `newest_whole` will tell
 
 
-def candidates(root: Path) -> list[int]:
+def candidates(root: Path, named: int | None = None) -> list[int]:
     """Iterations that may be loaded, the best first: the named one, then what was written before it on the way there.
+
+    `named` is that of the latest file if it is not given.
 
     A checkpoint beyond the named one is left alone: who wrote an earlier number into the latest file wants that one.
     So is one with a higher number than another that was written later: the run had gone back behind it. Without the
@@ -94,7 +96,7 @@ def candidates(root: Path) -> list[int]:
     Raises:
         CheckpointError: the latest file is damaged.
     """
-    named, saved = named_iteration(root), saved_iterations(root)
+    named, saved = named_iteration(root) if named is None else named, saved_iterations(root)
     if named is None and not saved:
         return []
     found = [saved[-1] if named is None else named]

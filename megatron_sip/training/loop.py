@@ -83,7 +83,9 @@ class Run:
         self.trainer.before_pass = lambda: self.boundaries.before("train")
         self.trainer.before_micro_batch = self.boundaries.before_micro_batch
         with self.watch.stage("load"):
-            progress = assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
+            progress = assemble.load_checkpoint(
+                self.config, world, self.trainer, self.data.stream, reporter.say, self.watch.feed
+            )
         together(lambda: reporter.start(progress))
         journal = JournalKeeper(self.config.checkpoint, self.leader, self.services, reporter.say)
         with self.watch.stage("load"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_sip.checkpoint import manifest as manifest_module
 from megatron_sip.checkpoint.latest import (
     LATEST,
     candidates,
@@ -29,6 +30,7 @@ from megatron_sip.checkpoint.manifest import (
     Manifest,
     file_entry,
     read_manifest,
+    require_bytes,
     share,
     write_manifest,
 )
@@ -178,6 +180,20 @@ def test_with_none_left_all_are_named(root: Path) -> None:
         (checkpoint_folder(root, iteration) / "common.pt").unlink()
     with pytest.raises(CheckpointError, match=r"iter_0000006 is damaged.*iter_0000002 is damaged.*no whole checkpoint"):
         newest_whole(root, print)
+
+
+def test_a_long_check_tells_of_its_progress(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_CHUNK", 100)
+    folder, told = checkpoint_folder(root, 6), []
+    size = (folder / "__0_0.distcp").stat().st_size
+    require_bytes(folder, read_manifest(folder), ["__0_0.distcp"], lambda: told.append(None))
+    assert len(told) == -(-size // 100) > 5
+
+
+def test_a_rollback_begins_with_its_own_checkpoint_whatever_is_named(root: Path) -> None:
+    assert candidates(root, 4) == [4, 2]
+    (root / LATEST).write_text("six\n")
+    assert candidates(root, 4) == [4, 2]
 
 
 def test_an_earlier_number_in_the_latest_file_is_obeyed(root: Path) -> None:
