@@ -73,11 +73,12 @@ def saved_iterations(root: Path) -> list[int]:
     for folder in root.iterdir() if root.is_dir() else ():
         iteration = iteration_of(folder)
         if iteration is not None and folder.is_dir() and not folder.is_symlink():
-            found[iteration] = _written_at(folder)
+            found[iteration] = written_at(folder)
     return sorted(found, key=lambda iteration: (found[iteration], iteration))
 
 
-def _written_at(folder: Path) -> float:
+def written_at(folder: Path) -> float:
+    """When a checkpoint was written, by its manifest, in seconds since 1970; 0 where that is not known."""
     try:
         return float(json.loads((folder / MANIFEST).read_bytes())["written"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -24,7 +24,7 @@ from megatron_sip.training.course import Course
 from megatron_sip.training.faults import Boundaries, start_watch
 from megatron_sip.training.journal import JournalKeeper
 from megatron_sip.training.report import Reporter
-from megatron_sip.training.restart import continued
+from megatron_sip.training.restart import continued, note_found
 from megatron_sip.training.upcoming import Upcoming
 from megatron_sip.types import Cut
 
@@ -76,6 +76,7 @@ class Run:
         reporter.describe(self.config, self.data.stream.skipped())
         writer = CheckpointWriter(self.config, world, reporter.say)
         writer.prepare()
+        from_main(world, lambda: note_found(self.config))
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
         # With collectives inside: a rank that fails there could not tell the others in one of them; the watch does.
