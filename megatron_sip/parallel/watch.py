@@ -53,6 +53,14 @@ class Standing:
     began: float
 
 
+@dataclass(frozen=True)
+class Boundary:
+    """Where all ranks met last: the name of the way that lies ahead, and the monotonic seconds."""
+
+    ahead: str
+    left: float
+
+
 class StageWatch:
     """Deadlines of one rank's stages. Every stage goes through `stage`; made and used on the main thread.
 
@@ -68,7 +76,7 @@ class StageWatch:
         now = time.monotonic()
         self._standing = Standing(Place(), now, now)
         self._means: dict[str, float] = {}
-        self._boundary, self._boundary_at = "", now
+        self._boundary: Boundary | None = None
         self._apart: dict[str, float] = {}
         self._depth = 0
         self._post: Post | None = None
@@ -130,10 +138,12 @@ class StageWatch:
 
         `ahead` names the way to the next boundary; None where it goes on as before.
         """
-        now = time.monotonic()
-        if self._boundary:
-            self._apart[self._boundary] = max(self._apart.get(self._boundary, 0.0), now - self._boundary_at)
-        self._boundary, self._boundary_at = ahead or self._boundary, now
+        last, now = self._boundary, time.monotonic()
+        if last is not None:
+            self._apart[last.ahead] = max(self._apart.get(last.ahead, 0.0), now - last.left)
+            ahead = ahead or last.ahead
+        if ahead is not None:
+            self._boundary = Boundary(ahead, now)
         self.feed()
 
     @property
@@ -281,11 +291,10 @@ class StageWatch:
         unhurried = place.stage in _UNHURRIED and self._depth > 0
         if asked is not None and not unhurried:
             begun = max(asked, self._unhurried_until)
-            # Ranks that are well agree at their next boundary; an end before it would lose the state for nothing.
-            due = self._boundary_at + _LATE * self._apart.get(self._boundary, 0.0)
-            if now > max(begun + limit, due):
+            limit = max(limit, self._boundary_due() - begun)
+            if now - begun > limit:
                 return Alarm(
-                    f"the ranks did not agree to stop within {max(limit, due - asked):.0f} s of {self.stop.reason} "
+                    f"the ranks did not agree to stop within {limit:.0f} s of {self.stop.reason} "
                     f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}), and nothing is saved",
                     NOT_AGREED,
                 )
@@ -298,6 +307,16 @@ class StageWatch:
                 f"--stage-timeout {place.stage}={limit:.0f}",
             )
         return None
+
+    def _boundary_due(self) -> float:
+        """Until when ranks that are well come to their next boundary, or end behind one, by this run so far.
+
+        They agree there: an end before it would lose the state for nothing.
+        """
+        last = self._boundary
+        if last is None:
+            return 0.0
+        return last.left + max(_LATE * self._apart.get(last.ahead, 0.0), AGREE_SECONDS)
 
 
 def _from_collective(error: BaseException) -> bool:
