@@ -291,11 +291,12 @@ class StageWatch:
         unhurried = place.stage in _UNHURRIED and self._depth > 0
         if asked is not None and not unhurried:
             begun = max(asked, self._unhurried_until)
-            limit = max(limit, self._boundary_due() - begun)
-            if now - begun > limit:
+            way = self._boundary_due() - begun
+            if now - begun > max(limit, way):
+                far = ", and the way to a far boundary" if way > limit else ""
                 return Alarm(
-                    f"the ranks did not agree to stop within {limit:.0f} s of {self.stop.reason} "
-                    f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}), and nothing is saved",
+                    f"the ranks did not agree to stop within {max(limit, way):.0f} s of {self.stop.reason} "
+                    f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}{far}), and nothing is saved",
                     NOT_AGREED,
                 )
         limit = self._limits[place.stage]

@@ -32,8 +32,8 @@ def continued(config: Config, say: Callable[[str], None]) -> Config:
     Raises:
         CheckpointError: the folder of `--save` is damaged.
     """
-    save, start = config.checkpoint.save, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if save is None or start == "0":
+    save, start = config.checkpoint.save, _start()
+    if save is None or start == 0:
         return config
     root = Path(save)
     try:
@@ -55,10 +55,22 @@ def continued(config: Config, say: Callable[[str], None]) -> Config:
 
 
 def note_found(config: Config) -> None:
-    """Note what stands in the folder of `--save`; the first start's note stays. For the main rank, before any save."""
+    """Note what stands in the folder of `--save` and is of no start of this launch, for the main rank, before any save.
+
+    The first note stays.
+    """
     save, store = config.checkpoint.save, launch_store()
-    if save is not None and store is not None:
-        store.compare_set(_key(Path(save)), "", json.dumps(sorted(_standing(Path(save)).items())))
+    if save is None or store is None:
+        return
+    root = Path(save)
+    own = _of_this_launch(root) if _start() else set()
+    found = [(iteration, written) for iteration, written in _standing(root).items() if iteration not in own]
+    store.compare_set(_key(root), "", json.dumps(found))
+
+
+def _start() -> int:
+    """How often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _of_this_launch(root: Path) -> set[int]:

@@ -58,13 +58,20 @@ def root(config: Config) -> Path:
     return Path(str(config.checkpoint.save))
 
 
+def begin(config: Config) -> None:
+    """The first start of the ranks comes to its note."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        note_found(config)
+
+
 def now() -> float:
     """A time within this launch, by the clock of its host."""
     return psutil.Process(os.getppid()).create_time() + 60
 
 
 def test_a_later_start_goes_on_from_what_its_launch_saved(config: Config, root: Path) -> None:
-    note_found(config)
+    begin(config)
     save(root, 20, now())
     said: list[str] = []
     again = continued(config, said.append)
@@ -76,7 +83,7 @@ def test_a_later_start_goes_on_from_what_its_launch_saved(config: Config, root: 
 
 def test_a_checkpoint_of_an_earlier_launch_is_none_of_ours(config: Config, root: Path) -> None:
     save(root, 20, LONG_AGO)
-    note_found(config)
+    begin(config)
     said: list[str] = []
     assert continued(config, said.append) == config
     assert said == [f"restart 1 of the ranks: this launch saved nothing in {root} yet, so they begin as at first"]
@@ -84,17 +91,33 @@ def test_a_checkpoint_of_an_earlier_launch_is_none_of_ours(config: Config, root:
 
 def test_the_same_iteration_may_be_saved_by_an_earlier_launch_and_by_this_one(config: Config, root: Path) -> None:
     save(root, 20, LONG_AGO)
-    note_found(config)
+    begin(config)
     save(root, 20, now())
     assert continued(config, print).model == RESOLVED
 
 
 def test_the_first_note_stays(config: Config, root: Path) -> None:
     """Each start notes; what the launch itself saved in between must not count as found."""
-    note_found(config)
+    begin(config)
     save(root, 20, now())
     note_found(config)
     assert continued(config, print).checkpoint.load == str(root)
+
+
+@pytest.mark.parametrize("config", ["note"], indirect=True)
+def test_a_store_that_was_lost_on_the_way_forgets_nothing(
+    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later start notes in the new one what is of an earlier run, not what is of its own launch."""
+    save(root, 10, LONG_AGO)
+    begin(config)
+    save(root, 20, now())
+    store = dist.HashStore()
+    monkeypatch.setattr(restart, "launch_store", lambda: store)
+    for start in ("2", "3"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        assert continued(config, print).checkpoint.load == str(root)
+        note_found(config)
 
 
 @pytest.mark.parametrize("config", ["note"], indirect=True)
@@ -102,7 +125,7 @@ def test_the_first_note_stays(config: Config, root: Path) -> None:
 def test_no_clock_has_a_say(config: Config, root: Path, skew: float) -> None:
     """That of a file server, in the times of files, nor that of a rank's host, in manifests."""
     save(root, 10, now() + 3600)
-    note_found(config)
+    begin(config)
     assert continued(config, print) == config
     save(root, 20, now() + skew)
     os.utime(root / LATEST, (LONG_AGO, LONG_AGO))
@@ -118,12 +141,12 @@ def test_damage_of_an_earlier_run_is_no_matter_of_ours(config: Config, root: Pat
         (folder / COMMON).unlink()
     else:
         (folder / "manifest.json").write_text("{")
-    note_found(config)
+    begin(config)
     assert continued(config, print) == config
 
 
 def test_a_damaged_one_is_passed_over(config: Config, root: Path) -> None:
-    note_found(config)
+    begin(config)
     save(root, 20, now())
     (save(root, 30, now()) / RUN_CONFIG).unlink()
     said: list[str] = []
@@ -133,7 +156,7 @@ def test_a_damaged_one_is_passed_over(config: Config, root: Path) -> None:
 
 
 def test_with_all_its_own_damaged_it_does_not_begin_anew(config: Config, root: Path) -> None:
-    note_found(config)
+    begin(config)
     (save(root, 20, now()) / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"iter_0000020 is damaged: __0_0.distcp is missing.*no whole checkpoint"):
         continued(config, print)
@@ -141,21 +164,21 @@ def test_with_all_its_own_damaged_it_does_not_begin_anew(config: Config, root: P
 
 def test_the_bytes_of_the_data_are_left_to_all_ranks(config: Config, root: Path) -> None:
     """One rank alone would take long over them, and the load compares them anyway."""
-    note_found(config)
+    begin(config)
     file = save(root, 20, now()) / "__0_0.distcp"
     file.write_bytes(b"s0mething")
     assert continued(config, print).model == RESOLVED
 
 
 def test_one_that_a_killed_save_moved_away_is_put_back(config: Config, root: Path) -> None:
-    note_found(config)
+    begin(config)
     folder = save(root, 20, now())
     folder.rename(folder.with_name(f"{folder.name}.replaced"))
     assert continued(config, print).model == RESOLVED
 
 
 def test_a_kill_before_the_first_latest_file_loses_nothing(config: Config, root: Path) -> None:
-    note_found(config)
+    begin(config)
     save(root, 20, now())
     (root / LATEST).unlink()
     said: list[str] = []
@@ -173,5 +196,5 @@ def test_a_launch_that_saved_nothing_yet_begins_as_before(config: Config, monkey
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     for checkpoint in (CheckpointConfig(), config.checkpoint):
         own = Config(checkpoint=checkpoint)
-        note_found(own)
+        begin(own)
         assert continued(own, print) == own
