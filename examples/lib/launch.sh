@@ -44,7 +44,8 @@ train_command() {
 # load_args OWN BASE : sets LOAD_ARGS: go on with the run's own checkpoint, else begin with the weights of BASE (a
 # checkpoint or a Hugging Face Llama), else anew.
 load_args() {
-    if [[ -z $2 || -f $1/latest_checkpointed_iteration.txt ]]; then
+    # Checkpoints whose latest file is lost are still the run's own; to begin with BASE would overwrite them.
+    if [[ -z $2 || -f $1/latest_checkpointed_iteration.txt ]] || compgen -G "$1/iter_*[0-9]" >/dev/null; then
         LOAD_ARGS=(--load "$1" --save "$1")
     else
         LOAD_ARGS=(--load "$2" --finetune --save "$1")

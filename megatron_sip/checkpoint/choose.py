@@ -13,10 +13,22 @@ from megatron_sip.checkpoint.manifest import DamagedError, Manifest, listed, req
 from megatron_sip.parallel.world import World
 
 
-def choose(root: Path, world: World, say: Callable[[str], None]) -> Path | None:
+def choose(
+    root: Path,
+    world: World,
+    say: Callable[[str], None],
+    on_progress: Callable[[], None] = lambda: None,
+    *,
+    named: int | None = None,
+) -> Path | None:
     """The folder of the newest whole checkpoint under `root`; all ranks call it together and get the same.
 
     Every rank reads a share of the files and compares their checksums.
+
+    Args:
+        say: hears of the damaged ones that were passed over.
+        on_progress: called often while files are read, so that the time they take is no hang.
+        named: the iteration to begin with; None takes that of the latest file.
 
     Returns:
         None if there is none at all.
@@ -24,19 +36,19 @@ def choose(root: Path, world: World, say: Callable[[str], None]) -> Path | None:
     Raises:
         CheckpointError: there are some and none is whole; a newer version wrote one; or it would run code.
     """
-    iterations = from_main(world, lambda: candidates(root))
-    chosen = newest_whole(root, say, lambda folder: _problem(folder, world), iterations)
+    iterations = from_main(world, lambda: candidates(root, named))
+    chosen = newest_whole(root, say, lambda folder: _problem(folder, world, on_progress), iterations)
     return None if chosen is None else checkpoint_folder(root, chosen)
 
 
-def _problem(folder: Path, world: World) -> str | None:
+def _problem(folder: Path, world: World, on_progress: Callable[[], None]) -> str | None:
     """What is wrong with the folder, the same answer on all ranks."""
     listing = from_main(world, lambda: _listing(folder))
     if isinstance(listing, str):
         return listing
     names = list(share(listing, world.rank, world.size))
     problems: list[str | None] = [None] * world.size
-    dist.all_gather_object(problems, _changed(folder, listing, names), group=world.control_group)
+    dist.all_gather_object(problems, _changed(folder, listing, names, on_progress), group=world.control_group)
     return next((found for found in problems if found is not None), None)
 
 
@@ -48,9 +60,9 @@ def _listing(folder: Path) -> Manifest | str:
         return str(error)
 
 
-def _changed(folder: Path, manifest: Manifest, names: list[str]) -> str | None:
+def _changed(folder: Path, manifest: Manifest, names: list[str], on_progress: Callable[[], None]) -> str | None:
     try:
-        require_bytes(folder, manifest, names)
+        require_bytes(folder, manifest, names, on_progress)
     except DamagedError as error:
         return str(error)
     return None

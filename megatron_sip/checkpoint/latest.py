@@ -69,35 +69,39 @@ def saved_iterations(root: Path) -> list[int]:
 
     Where the time is not known (no manifest) they come first, by number. Links to elsewhere do not count.
     """
-    found = {}
-    for folder in root.iterdir():
+    found: dict[int, float] = {}
+    for folder in root.iterdir() if root.is_dir() else ():
         iteration = iteration_of(folder)
         if iteration is not None and folder.is_dir() and not folder.is_symlink():
-            found[iteration] = _written_at(folder)
+            found[iteration] = written_at(folder)
     return sorted(found, key=lambda iteration: (found[iteration], iteration))
 
 
-def _written_at(folder: Path) -> float:
+def written_at(folder: Path) -> float:
+    """When a checkpoint was written, by its manifest, in seconds since 1970; 0 where that is not known."""
     try:
         return float(json.loads((folder / MANIFEST).read_bytes())["written"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0  # of an early version, or damaged: `newest_whole` will tell
 
 
-def candidates(root: Path) -> list[int]:
+def candidates(root: Path, named: int | None = None) -> list[int]:
     """Iterations that may be loaded, the best first: the named one, then what was written before it on the way there.
 
+    `named` is that of the latest file if it is not given.
+
     A checkpoint beyond the named one is left alone: who wrote an earlier number into the latest file wants that one.
-    So is one with a higher number than another that was written later: the run had gone back behind it.
+    So is one with a higher number than another that was written later: the run had gone back behind it. Without the
+    latest file (lost, or not there yet when the first save was killed) the last one that was written comes first.
 
     Raises:
         CheckpointError: the latest file is damaged.
     """
-    named = named_iteration(root)
-    if named is None:
+    named, saved = named_iteration(root) if named is None else named, saved_iterations(root)
+    if named is None and not saved:
         return []
-    found = [named]
-    for iteration in reversed(saved_iterations(root)):
+    found = [saved[-1] if named is None else named]
+    for iteration in reversed(saved):
         if iteration < found[-1]:
             found.append(iteration)
     return found
@@ -123,7 +127,7 @@ def newest_whole(
     problem_of: Callable[[Path], str | None] = whole_problem,
     iterations: list[int] | None = None,
 ) -> int | None:
-    """Iteration of the newest checkpoint that is whole; each damaged one that is passed over is told to `say`.
+    """Iteration of the newest checkpoint that is whole; damaged ones and a lost latest file are told to `say`.
 
     problem_of   why a folder is not whole; the ranks of a run pass one that shares the work
     iterations   `candidates(root)` where it is known
@@ -134,17 +138,22 @@ def newest_whole(
     Raises:
         CheckpointError: there are checkpoints and none is whole; a newer version wrote one; or it would run code.
     """
+    iterations = candidates(root) if iterations is None else iterations
+    lost = [f"{root / LATEST} is missing"] if iterations and not (root / LATEST).exists() else []
     damaged: list[str] = []
-    for iteration in candidates(root) if iterations is None else iterations:
+    for iteration in iterations:
         folder = checkpoint_folder(root, iteration)
         problem = problem_of(folder)
         if problem is None:
             if damaged:
-                say(f"WARNING: {'; '.join(damaged)}; taking {folder}, the newest whole checkpoint before it")
+                say(f"WARNING: {'; '.join(lost + damaged)}; taking {folder}, the newest whole checkpoint before it")
+            elif lost:
+                say(f"WARNING: {lost[0]}; taking {folder}, the last one written. For another, write its number there")
             return iteration
         damaged.append(f"{folder} is damaged: {problem}")
     if damaged:
-        raise CheckpointError(f"{'; '.join(damaged)}; no whole checkpoint is left under {root}. Restore one of them")
+        trouble = "; ".join(lost + damaged)
+        raise CheckpointError(f"{trouble}; no whole checkpoint is left under {root}. Restore one of them")
     return None
 
 

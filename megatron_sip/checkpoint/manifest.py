@@ -15,7 +15,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,13 @@ class Manifest:
     written: float = 0.0
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Size and checksum of a file by reading it."""
+def file_entry(path: Path, on_progress: Callable[[], None] = lambda: None) -> FileEntry:
+    """Size and checksum of a file by reading it; `on_progress` is called behind each 8 MiB."""
     crc, size, buffer = 0, 0, bytearray(_CHUNK)
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             crc, size = zlib.crc32(memoryview(buffer)[:count], crc), size + count
+            on_progress()
     return FileEntry(size, crc)
 
 
@@ -189,8 +190,10 @@ def _require_its_own(folder: Path, manifest: Manifest) -> None:
         raise DamagedError(f"{MANIFEST} is that of iteration {manifest.iteration}")
 
 
-def require_bytes(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Thorough check: every named file has its checksum. It reads all of them.
+def require_bytes(
+    folder: Path, manifest: Manifest, names: Iterable[str], on_progress: Callable[[], None] = lambda: None
+) -> None:
+    """Thorough check: every named file has its checksum. It reads all of them; `on_progress` as of `file_entry`.
 
     Raises:
         DamagedError: naming the first file that has not, or cannot be read.
@@ -200,7 +203,7 @@ def require_bytes(folder: Path, manifest: Manifest, names: Iterable[str]) -> Non
         if expected.crc32 is None:
             continue
         try:
-            found = file_entry(folder / name)
+            found = file_entry(folder / name, on_progress)
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
         if found != expected:

@@ -106,7 +106,7 @@ class Leader:
             state = torch.tensor([int(waiting), int(self.watch.stop()), int(text is not None)])
             dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.world.control_group)
             # All ranks are here and well, so a long wait is no hang.
-            self.watch.feed()
+            self.watch.met()
             if not state[0]:
                 notes.heard(False, None)
                 break

@@ -18,6 +18,7 @@ from megatron_sip.errors import ConfigError, SipError
 
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL = 0.05
+_LAUNCH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ def meet(seconds: float) -> Meeting:
     deadline = time.monotonic() + seconds
     name = _invite(store, size, deadline) if rank == 0 else _follow(store, rank, deadline)
     return Meeting(rank, size, name, dist.PrefixStore(name, store))
+
+
+def launch_store() -> dist.Store | None:
+    """What the starts of one launch share: the store of torchrun's agent. None where there is none.
+
+    It is gone when the launch is over, or when the node that held it leaves an elastic one.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    name = f"sip/launch/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+    return dist.PrefixStore(name, _client(_LAUNCH_SECONDS, is_master=False))
 
 
 def _client(seconds: float, *, is_master: bool) -> dist.Store:

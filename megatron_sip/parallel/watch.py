@@ -30,7 +30,9 @@ from megatron_sip.parallel.post import ANSWER_SECONDS, Alarm, Post, Verdict
 from megatron_sip.parallel.signals import StopSignal
 
 AGREE_SECONDS = 10.0
-"""Behind the grace: how long the ranks may take to agree on a stop."""
+"""Behind the grace: how long the ranks may take to agree on a stop, unless their next boundary is further away."""
+_LATE = 1.5
+"""How many times as long as ever before the way to a boundary may take when the ranks were asked to stop."""
 _TICK = 0.5
 _PATIENCE = 2.0
 """How long a rank that hears of another's end may take to end by itself, and close its files."""
@@ -51,6 +53,14 @@ class Standing:
     began: float
 
 
+@dataclass(frozen=True)
+class Boundary:
+    """Where all ranks met last: the name of the way that lies ahead, and the monotonic seconds."""
+
+    ahead: str
+    left: float
+
+
 class StageWatch:
     """Deadlines of one rank's stages. Every stage goes through `stage`; made and used on the main thread.
 
@@ -66,6 +76,8 @@ class StageWatch:
         now = time.monotonic()
         self._standing = Standing(Place(), now, now)
         self._means: dict[str, float] = {}
+        self._boundary: Boundary | None = None
+        self._apart: dict[str, float] = {}
         self._depth = 0
         self._post: Post | None = None
         self._rank = int(os.environ.get("RANK", "0"))
@@ -120,6 +132,19 @@ class StageWatch:
     def feed(self) -> None:
         """There is progress within the stage, or a lawful wait that all ranks know of: its deadline begins anew."""
         self._standing = replace(self._standing, moved=time.monotonic())
+
+    def met(self, ahead: str | None = None) -> None:
+        """All ranks are at a boundary, where they heard whether one of them was asked to stop; that is progress too.
+
+        `ahead` names the way to the next boundary; None where it goes on as before.
+        """
+        last, now = self._boundary, time.monotonic()
+        if last is not None:
+            self._apart[last.ahead] = max(self._apart.get(last.ahead, 0.0), now - last.left)
+            ahead = ahead or last.ahead
+        if ahead is not None:
+            self._boundary = Boundary(ahead, now)
+        self.feed()
 
     @property
     def place(self) -> Place:
@@ -264,12 +289,16 @@ class StageWatch:
         asked = None if self._agreed or self._ending else self.stop.signalled_at
         limit = self.grace + AGREE_SECONDS
         unhurried = place.stage in _UNHURRIED and self._depth > 0
-        if asked is not None and not unhurried and now - max(asked, self._unhurried_until) > limit:
-            return Alarm(
-                f"the ranks did not agree to stop within {limit:.0f} s of {self.stop.reason} "
-                f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}), and nothing is saved",
-                NOT_AGREED,
-            )
+        if asked is not None and not unhurried:
+            begun = max(asked, self._unhurried_until)
+            way = self._boundary_due() - begun
+            if now - begun > max(limit, way):
+                far = ", and the way to a far boundary" if way > limit else ""
+                return Alarm(
+                    f"the ranks did not agree to stop within {max(limit, way):.0f} s of {self.stop.reason} "
+                    f"(--sigterm-grace {self.grace:.0f} and {AGREE_SECONDS:.0f}{far}), and nothing is saved",
+                    NOT_AGREED,
+                )
         limit = self._limits[place.stage]
         if now - self._standing.moved > limit:
             return Alarm(
@@ -279,6 +308,16 @@ class StageWatch:
                 f"--stage-timeout {place.stage}={limit:.0f}",
             )
         return None
+
+    def _boundary_due(self) -> float:
+        """Until when ranks that are well come to their next boundary, or end behind one, by this run so far.
+
+        They agree there: an end before it would lose the state for nothing.
+        """
+        last = self._boundary
+        if last is None:
+            return 0.0
+        return last.left + max(_LATE * self._apart.get(last.ahead, 0.0), AGREE_SECONDS)
 
 
 def _from_collective(error: BaseException) -> bool:

@@ -158,9 +158,16 @@ def build_trainer(config: Config, world: World) -> PolicyTrainer:
 
 
 def load_checkpoint(
-    config: Config, world: World, trainer: PolicyTrainer, stream: Stream, say: Callable[[str], None]
+    config: Config,
+    world: World,
+    trainer: PolicyTrainer,
+    stream: Stream,
+    say: Callable[[str], None],
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Progress:
     """Take weights, and with our own checkpoints the whole state, from `--load`.
+
+    `on_progress` is called often while the files are compared with their checksums.
 
     Raises:
         CheckpointError: nothing is there, or it does not fit.
@@ -181,7 +188,7 @@ def load_checkpoint(
         )
         trainer.after_weights_changed()
         say(f"weights of the Hugging Face Llama {load} loaded")
-    elif (folder := choose(Path(load), world, say)) is not None:
+    elif (folder := choose(Path(load), world, say, on_progress)) is not None:
         return _resume(config, folder, world, trainer, stream, say)
     elif _same_folder(load, config.checkpoint.save):
         say(f"{load} holds no checkpoint yet; starting a new run there")

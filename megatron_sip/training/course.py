@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
-from megatron_sip.checkpoint.latest import checkpoint_folder
+from megatron_sip.checkpoint.choose import choose
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.checkpoint.writer import CheckpointWriter
 from megatron_sip.config.groups import Config
@@ -85,15 +85,19 @@ class Course:
         self._follow(self._writer.finish)
 
     def roll_back(self, reporter: Reporter) -> None:
-        """Go back to the last checkpoint and past the samples at fault.
+        """Go back to the last checkpoint that is whole, and past the samples at fault.
 
         Raises:
             SipError: there is no checkpoint, or going back to it has not helped.
         """
 
         def load(root: Path, iteration: int) -> Progress:
-            folder = checkpoint_folder(root, iteration)
-            return dist_checkpoint.load(folder, self._leader.world, self._trainer, reporter.say, weights_only=False)
+            # Its files were whole when it was written; what a disk did to them since must not get into the weights.
+            world, say = self._leader.world, reporter.say
+            folder = choose(root, world, say, self._leader.watch.feed, named=iteration)
+            if folder is None:
+                raise RuntimeError("a named checkpoint is whole, or choose() tells why not")
+            return dist_checkpoint.load(folder, world, self._trainer, say, weights_only=False)
 
         self._follow(self._writer.finish)
         with self._leader.watch.stage("load"):

@@ -47,7 +47,7 @@ class Boundaries:
         Raises:
             StopRequestedError: a rank was asked to stop, and the step would take too long; on all ranks alike.
         """
-        asked, seconds, ahead = self._exchange(self.seconds_ahead(stage))
+        asked, seconds, ahead = self._exchange(self.seconds_ahead(stage), stage)
         if asked and seconds + ahead > self.watch.grace:
             raise StopRequestedError
 
@@ -60,8 +60,22 @@ class Boundaries:
 
     def between_steps(self) -> bool:
         """Whether any rank was asked to stop; the same answer everywhere."""
-        asked, _, _ = self._exchange(0.0)
+        asked, _, _ = self._exchange(0.0, "data")
         return asked
+
+    def before_micro_batch(self) -> None:
+        """A boundary within "train", where the micro-batches of all ranks go side by side.
+
+        The stages of a pipeline take theirs one after the other, and would wait for ever if each waited here for all.
+        Their boundaries are those before a pass and before the update, and the watch knows how far away these are.
+
+        Raises:
+            StopRequestedError: as `before`.
+        """
+        if self.world.pp_size == 1:
+            self.before("train")
+        else:
+            self.watch.feed()
 
     def seconds_ahead(self, stage: str) -> float:
         """What remains of a step before or within `stage`, by the mean times of the stages; inf with a judge wait."""
@@ -71,11 +85,11 @@ class Boundaries:
         begun = self.watch.seconds_in_stage if self.watch.place.stage == stage else 0.0
         return max(0.0, usual(stage) - begun) + sum(usual(name) for name in rest[1:])
 
-    def _exchange(self, ahead: float) -> tuple[bool, float, float]:
-        """Whether any rank was asked to stop, the longest time since, and the longest way ahead."""
+    def _exchange(self, ahead: float, stage: str) -> tuple[bool, float, float]:
+        """Whether any rank was asked to stop, the longest time since, and the longest way ahead, through `stage`."""
         stop = self.watch.stop
         state = torch.tensor([float(stop()), stop.seconds, ahead], dtype=torch.float64)
         dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.world.control_group)
-        self.watch.feed()
+        self.watch.met(stage)
         asked, seconds, longest = state.tolist()
         return bool(asked), seconds, longest

@@ -26,7 +26,7 @@ from megatron_sip.training.course import Course
 from megatron_sip.training.faults import Boundaries, start_watch
 from megatron_sip.training.journal import JournalKeeper
 from megatron_sip.training.report import Reporter
-from megatron_sip.training.restart import continued
+from megatron_sip.training.restart import continued, note_found
 from megatron_sip.training.upcoming import Upcoming
 from megatron_sip.types import Cut
 
@@ -81,13 +81,17 @@ class Run:
         reporter.describe(self.config, self.data.stream.skipped())
         writer = CheckpointWriter(self.config, world, reporter.say, self.lock)
         writer.prepare()
+        from_main(world, lambda: note_found(self.config))
         # Servers first: a refused key shall not cost the time that a large model takes to load.
         self.services = together(lambda: assemble.connect_services(self.config, world))
         # With collectives inside: a rank that fails there could not tell the others in one of them; the watch does.
         self.trainer = assemble.build_trainer(self.config, world)
-        self.trainer.on_progress = self.watch.feed
+        self.trainer.before_pass = lambda: self.boundaries.before("train")
+        self.trainer.before_micro_batch = self.boundaries.before_micro_batch
         with self.watch.stage("load"):
-            progress = assemble.load_checkpoint(self.config, world, self.trainer, self.data.stream, reporter.say)
+            progress = assemble.load_checkpoint(
+                self.config, world, self.trainer, self.data.stream, reporter.say, self.watch.feed
+            )
         together(lambda: reporter.start(progress))
         journal = JournalKeeper(self.config.checkpoint, self.leader, self.services, reporter.say)
         with self.watch.stage("load"):

@@ -1,7 +1,12 @@
-"""A worker group that torchrun started again goes on from what it saved before, whatever it began with."""
+"""A worker group that torchrun started again goes on from what it saved before, whatever it began with.
+
+What stood in the folder of `--save` when the launch began is noted in the store of torchrun's agent, which outlives the
+ranks: a checkpoint that is not in the note is of this launch. No clock of a file server has a say in it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,25 +14,26 @@ from pathlib import Path
 
 import psutil
 
-from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, newest_whole
+from megatron_sip.checkpoint.latest import candidates, checkpoint_folder, newest_whole, saved_iterations, written_at
+from megatron_sip.checkpoint.manifest import RUN_CONFIG, DamagedError, listed, require_bytes
 from megatron_sip.checkpoint.retain import clean
 from megatron_sip.config.groups import Config
 from megatron_sip.config.run_config import load_run_config
 from megatron_sip.errors import CheckpointError
+from megatron_sip.parallel.meeting import launch_store
 
 
-def continued(config: Config, warn: Callable[[str], None]) -> Config:
+def continued(config: Config, say: Callable[[str], None]) -> Config:
     """The configuration of this start of the ranks, for the main rank.
 
     Under `--max-restarts` every start has the same command line, with `--load` of the weights that the first one began
-    with. Once this launch has written a checkpoint, that is what a later start loads; damaged ones are passed over with
-    a word to `warn`.
+    with. Once this launch has written a checkpoint, that is what a later start loads. `say` hears which way was taken.
 
     Raises:
         CheckpointError: the folder of `--save` is damaged.
     """
-    save = config.checkpoint.save
-    if save is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    save, start = config.checkpoint.save, _start()
+    if save is None or start == 0:
         return config
     root = Path(save)
     try:
@@ -35,10 +41,69 @@ def continued(config: Config, warn: Callable[[str], None]) -> Config:
             clean(root)  # a kill between the two renames of a save leaves the named folder under another name
     except OSError as error:
         raise CheckpointError(f"cannot put --save {root} in order: {error}; mend its rights") from error
-    iteration = newest_whole(root, warn)
-    launched = psutil.Process(os.getppid()).create_time()
-    if iteration is None or (root / LATEST).stat().st_mtime < launched:
-        return config  # what is there is of an earlier run
+    own = _of_this_launch(root)
+    # What an earlier run left may be damaged; nobody asked for it.
+    iterations = [iteration for iteration in candidates(root) if iteration in own] if own else []
+    iteration = newest_whole(root, say, _listing_problem, iterations)
+    if iteration is None:
+        say(f"restart {start} of the ranks: this launch saved nothing in {root} yet, so they begin as at first")
+        return config
+    say(f"restart {start} of the ranks: this launch saved iteration {iteration} in {root}, so they go on from there")
     # The sizes of the model may have come from the folder of --load.
-    model = load_run_config(checkpoint_folder(root, iteration) / "run_config.yaml").model
+    model = load_run_config(checkpoint_folder(root, iteration) / RUN_CONFIG).model
     return replace(config, model=model, checkpoint=replace(config.checkpoint, load=save, finetune=False))
+
+
+def note_found(config: Config) -> None:
+    """Note what stands in the folder of `--save` and is of no start of this launch, for the main rank, before any save.
+
+    The first note stays.
+    """
+    save, store = config.checkpoint.save, launch_store()
+    if save is None or store is None:
+        return
+    root = Path(save)
+    own = _of_this_launch(root) if _start() else set()
+    found = [(iteration, written) for iteration, written in _standing(root).items() if iteration not in own]
+    store.compare_set(_key(root), "", json.dumps(found))
+
+
+def _start() -> int:
+    """How often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _of_this_launch(root: Path) -> set[int]:
+    """Iterations under `root` that this launch has saved."""
+    standing, found = _standing(root), _found(root)
+    if found is not None:
+        return {iteration for iteration, written in standing.items() if found.get(iteration) != written}
+    # Killed before the note, or the store went with the node that held it. Both times are those of a rank's host.
+    launched = psutil.Process(os.getppid()).create_time()
+    return {iteration for iteration, written in standing.items() if written > launched}
+
+
+def _standing(root: Path) -> dict[int, float]:
+    """The checkpoints under `root`, with the times that their manifests tell."""
+    return {iteration: written_at(checkpoint_folder(root, iteration)) for iteration in saved_iterations(root)}
+
+
+def _found(root: Path) -> dict[int, float] | None:
+    """What stood under `root` when this launch began; None if that was not noted."""
+    store = launch_store()
+    if store is None or not store.check([_key(root)]):
+        return None
+    return {int(iteration): float(written) for iteration, written in json.loads(store.get(_key(root)))}
+
+
+def _key(root: Path) -> str:
+    return f"found/{root.resolve()}"
+
+
+def _listing_problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint at a glance; all ranks together compare its checksums when they load it."""
+    try:
+        require_bytes(folder, listed(folder), [RUN_CONFIG])
+    except DamagedError as error:
+        return str(error)
+    return None

@@ -96,6 +96,8 @@ class Recovery:
     def roll_back(self, now: Progress, load: Callable[[Path, int], Progress]) -> tuple[Progress, Rollback]:
         """Load the last checkpoint by `load(root, iteration)`; where the run then stands, and what was done.
 
+        `load` may fall back to one before it.
+
         The first time at a checkpoint the samples of the bad steps are left out and those before them are trained
         again: weights that went wrong in memory are mended so. If the same comes back, repeating does not help, and
         all samples between the checkpoint and the last bad one are left out, as the authors of PaLM did
@@ -104,7 +106,9 @@ class Recovery:
         Raises:
             SipError: there is no checkpoint to go back to, or going back there has not helped.
         """
-        loaded = load(*self._require_way_back())
+        root, iteration = self._require_way_back()
+        loaded = load(root, iteration)
+        self._checkpoint = (root, loaded.iteration)
         faults = [part for step in self._bad for part in step.samples]
         if self._rollbacks:
             faults.append((next_sample(loaded.consumed_samples, loaded.jumped), max(stop for _, stop in faults)))

@@ -71,8 +71,10 @@ class PolicyTrainer:
         self.spikes = SpikeRule.from_config(config.training)
         self.recent_losses: tuple[float, ...] = ()
         """Losses of the last accepted steps, oldest first, by which the next one is judged."""
-        self.on_progress: Callable[[], None] = lambda: None
-        """Called before each micro-batch."""
+        self.before_pass: Callable[[], None] = lambda: None
+        """Called by all ranks together; where it raises on all, the step leaves nothing behind."""
+        self.before_micro_batch: Callable[[], None] = lambda: None
+        """Called within a pass; without pipeline parallel it may raise likewise."""
 
     def after_weights_changed(self) -> None:
         """Bring fp32 main weights and reference in line with weights that were just loaded into the policy."""
@@ -190,12 +192,13 @@ class PolicyTrainer:
         """Send the micro-batches through megatron-core's schedule; what `on_logits` left, last stage only."""
 
         def forward_step(micros: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            self.on_progress()
+            self.before_micro_batch()
             micro = next(micros)
             positions = position_ids(micro.layout, micro.batch.width).to(self.world.device)
             out = model(micro.batch.tokens, positions, micro.layout, (micro.scored.row, micro.scored.source))
             return out, lambda logits, **schedule: on_logits(logits, micro, **schedule)
 
+        self.before_pass()
         size = self.config.training.micro_batch_size
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(

@@ -6,7 +6,8 @@ A case of CASES.json has besides what `check_commands.py` reads:
 
     ranks     how many of the launched ranks make the run; the others wait for the next case
     copy      [from, to, iteration] or null: first copy the folder of a run and let it stand at an earlier checkpoint
-    fault     {"samples": [...], "factor": f}: the loss of every micro-batch that holds one of them is multiplied by f
+    fault     {"samples": [...], "factor": f}: the loss of every micro-batch that holds one of them is multiplied by f;
+              with "damaged": i a byte of the checkpoint of iteration i changes right before a rollback reads it
               {"poisoned_at": n, "rank": r}: one weight of rank r is nan from the n-th training step of the process on
               {"jumped": [[start, stop], ...]}: the run is told from its start to leave these samples out
               null: nothing
@@ -19,7 +20,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 from check_commands import run
 
 from megatron_sip.loss.reduce import ObjectiveTerms
-from megatron_sip.training import assemble, step
+from megatron_sip.training import assemble, course, step
 
 
 @contextmanager
@@ -69,6 +70,21 @@ def poisoned_weight(at: int, rank: int) -> Any:
     return replaced(step.PolicyTrainer, "step", poisoned)
 
 
+def damaged_on_disk(iteration: int) -> Any:
+    """A checkpoint whose bytes change before a rollback to it."""
+    proper = course.choose
+
+    def choose(root: Path, world: Any, *arguments: Any, named: int) -> Any:
+        if named == iteration and world.is_main:
+            [*_, file] = sorted((root / f"iter_{iteration:07d}").glob("*.distcp"))
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+        return proper(root, world, *arguments, named=named)
+
+    return replaced(course, "choose", choose)
+
+
 def told_to_jump(jumped: list[list[int]]) -> Any:
     """A run that leaves samples out from its start."""
     proper = assemble.load_checkpoint
@@ -91,7 +107,7 @@ def fault(of: dict[str, Any] | None) -> Iterator[None]:
         context = poisoned_weight(of["poisoned_at"], of["rank"])
     else:
         context = told_to_jump(of["jumped"])
-    with context:
+    with context, damaged_on_disk(of["damaged"]) if "damaged" in of else ExitStack():
         yield
 
 

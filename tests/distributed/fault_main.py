@@ -2,9 +2,9 @@
 
 PLAN is JSON: {"folder", "attempts": [[run, ...], ...]}: for each start of the ranks under `--max-restarts` the runs
 that follow each other in its processes while they end with status 0. A run is {"slow": {"decode": seconds, "backward":
-seconds}, "faults": [{"do", "rank", "stage", "iteration"}], "flags"}; a fault of the stage "backward" comes with the
-first backward pass within "train". Ranks write into the folder: <attempt>.<rank> with their process id,
-<attempt>.fault with the time of a fault, <attempt>.<rank>.status with the status of each run.
+seconds}, "slow_from": iteration, "faults": [{"do", "rank", "stage", "iteration"}], "flags"}; a fault of the stage
+"backward" comes with the first backward pass within "train". Ranks write into the folder: <attempt>.<rank> with their
+process id, <attempt>.fault with the time of a fault, <attempt>.<rank>.status with the status of each run.
 """
 
 from __future__ import annotations
@@ -38,11 +38,17 @@ class Saboteur:
         self.iteration = 0
         self.faults: list[dict[str, Any]] = []
         self.slow: dict[str, float] = {}
+        self.slow_from = 0
 
     def plan(self, run: dict[str, Any]) -> None:
         """What comes next."""
         self.faults = [fault for fault in run.get("faults", ()) if fault["rank"] == RANK]
-        self.slow = run.get("slow", {})
+        self.slow, self.slow_from = run.get("slow", {}), run.get("slow_from", 0)
+
+    def dawdle(self, what: str) -> None:
+        """Take longer for it than it needs."""
+        if self.iteration >= self.slow_from:
+            time.sleep(self.slow.get(what, 0))
 
     def at(self, stage: str) -> None:
         """This rank is in a stage."""
@@ -88,11 +94,11 @@ class Saboteur:
 
         def faulty_backward(*positional: Any, **named: Any) -> Any:
             self.at("backward")
-            time.sleep(self.slow.get("backward", 0))
+            self.dawdle("backward")
             return backward(*positional, **named)
 
         def slow_decode(*positional: Any, **named: Any) -> Any:
-            time.sleep(self.slow.get("decode", 0))
+            self.dawdle("decode")
             return decode(*positional, **named)
 
         StageWatch.stage = faulty_stage  # type: ignore[method-assign]

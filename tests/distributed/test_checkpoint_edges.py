@@ -52,6 +52,18 @@ def test_with_no_whole_checkpoint_left_it_is_one_line(stopped: tuple[Path, list[
     assert "Traceback" not in complaint(result)
 
 
+def test_a_lost_latest_file_does_not_begin_a_new_run(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+    shutil.copytree(stopped[0], lost)
+    (lost / LATEST).unlink()
+    flags = [str(lost) if flag == str(stopped[0]) else flag for flag in stopped[1]]
+    result = torchrun(1, *flags, "--hidden-size", "32", "--train-iters", "2")
+    assert result.returncode == 0, complaint(result)
+    assert f"WARNING: {lost / LATEST} is missing; taking {lost / 'iter_0000001'}, the last one written" in result.stdout
+    assert f"resumed from {lost} at iteration 1 " in result.stdout
+    assert (lost / LATEST).read_text() == "2\n"
+
+
 def test_a_run_goes_on_after_it_was_killed_in_a_save(stopped: tuple[Path, list[str]]) -> None:
     """From a checkpoint without an update, once of the form of the first versions, and once more after damage."""
     root, flags = stopped

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from faulty import Faulty, alive, launched
+from spawn import complaint, torchrun
 from tiny_corpus import make_corpus
 from tiny_run import DATA, MODEL, TRAINING
 
@@ -84,8 +85,27 @@ def test_no_rank_waits_for_ever(tmp_path: Path, corpus: list[str]) -> None:
         assert "the launcher ended without a word" in launch.said()
         assert launch.processes() == []
         assert resumed_at(launch) == [2, 3, 4]
+        own = re.findall(r"> restart (\d) of the ranks: this launch saved iteration (\d) in ", launch.said())
+        assert own == [("1", "2"), ("2", "3"), ("3", "4")]
         # Only the rank that raised shows where.
         assert launch.said().count("Traceback (most recent call last)") == 1
+
+
+@pytest.mark.parametrize(
+    "rendezvous", [(), ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")], ids=["static", "c10d"]
+)
+def test_what_a_launch_notes_outlives_its_ranks(tmp_path: Path, rendezvous: tuple[str, ...]) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os, sys\n"
+        "from megatron_sip.parallel.meeting import launch_store\n"
+        "start = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "print('start', start, 'reads', launch_store().compare_set('note', '', start).decode(), flush=True)\n"
+        "sys.exit(start == '0')\n"
+    )
+    result = torchrun(1, "--max-restarts=1", *rendezvous, str(script))
+    assert result.returncode == 0, complaint(result)
+    assert re.findall(r"start (\d) reads (\d)", result.stdout) == [("0", "0"), ("1", "0")]
 
 
 @pytest.mark.nightly

@@ -26,6 +26,7 @@ CASES = (
     Case("told", FLAGS, {"jumped": [list(part) for part in JUMPED]}),
     Case("nan", FLAGS, {"samples": [12, 19], "factor": "nan"}),
     Case("poisoned", FLAGS, {"poisoned_at": 4, "rank": 1}),
+    Case("damaged", (*FLAGS, "--save-interval", "1"), {"samples": [12, 19], "factor": "nan", "damaged": 3}),
     Case("resumed", FLAGS, copy_of=("nan", 4)),
     Case("hopeless", (*FLAGS, "--max-rollbacks", "1"), {"samples": [*range(12, 100)], "factor": "nan"}),
     # The last stage alone knows the loss here.
@@ -39,9 +40,10 @@ def shape(records: list[Record]) -> list[str]:
     return [record["kind"][0] + str(record["iteration"]) + "!" * bool(record.get("skipped")) for record in records]
 
 
-@pytest.mark.parametrize("name", ["nan", "poisoned"])
+@pytest.mark.parametrize("name", ["nan", "poisoned", "damaged"])
 def test_a_run_that_rolled_back_equals_one_that_was_told_to_jump(runs: Runs, name: str) -> None:
-    """Bad samples, or weights that went bad in memory: bit for bit what a run does that never saw these samples."""
+    """Bad samples, weights that went bad in memory, and a checkpoint that went bad on the disk: bit for bit what a run
+    does that never saw these samples."""
     runs.require_success("told", name)
     assert shape(runs.audit("told")) == ["s0", "s1", "s2", "s3", "s4", "s5", "s6"]
     assert shape(runs.audit(name)) == ["s0", "s1", "s2", "s3", "s4!", "s5!", "r2", "s3", "s4", "s5", "s6"]
@@ -57,7 +59,7 @@ def test_a_run_that_rolled_back_equals_one_that_was_told_to_jump(runs: Runs, nam
 
 
 def test_the_audit_log_proves_what_became_of_every_sample(runs: Runs) -> None:
-    for name in ("told", "nan", "poisoned", "resumed"):
+    for name in ("told", "nan", "poisoned", "damaged", "resumed"):
         report = check_audit(runs.audit(name))
         assert report.faults == ()
         assert report.consumed == ((0, 12), (20, 32))
@@ -66,6 +68,14 @@ def test_the_audit_log_proves_what_became_of_every_sample(runs: Runs) -> None:
     bad = runs.audit("nan")[4]
     assert (bad["loss"], bad["consumed"], bad["trained"]) == ("NaN", [[12, 16]], [])
     assert sum(stop - start for start, stop in bad["skipped"]["non_finite"]) > 0
+
+
+def test_a_rollback_passes_over_a_checkpoint_that_is_no_longer_whole(runs: Runs) -> None:
+    runs.require_success("damaged")
+    said = runs.said("damaged")
+    assert "iter_0000003 is damaged: " in said
+    assert "has changed since it was written (its checksum differs); taking " in said
+    assert "iter_0000002, the newest whole checkpoint before it" in said
 
 
 def test_a_later_resume_jumps_too(runs: Runs) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 from fake_server import FakeServer, hang
 from faulty import launched
 from spawn import ROOT, free_port, worker_environment
@@ -121,3 +122,40 @@ def test_a_step_is_finished_in_the_grace_or_discarded_and_a_second_signal_ends_a
     assert (saved / "latest_checkpointed_iteration.txt").read_text().split() == ["4"]
     print(f"ended {seconds - 1.5:.1f} s after the second SIGTERM, torchrun's own end included")
     assert seconds < 1.5 + 10
+
+
+@pytest.mark.parametrize(
+    ("layout", "slow_from", "most"),
+    [
+        # Given up before the next micro-batch.
+        (TP2, 3, 2 + 3 + 5),
+        # Given up behind the pass of 15 s: the one of iteration 2 has told how long that takes.
+        (("--pipeline-model-parallel-size", "2"), 2, 15 + 5),
+    ],
+    ids=["TP2", "PP2"],
+)
+def test_a_signal_early_in_a_train_stage_that_outlasts_the_grace_loses_nothing(
+    tmp_path: Path, layout: tuple[str, str], slow_from: int, most: float
+) -> None:
+    """Four micro-batches of 3 s each; the ranks must agree within 12 s where they can."""
+    data_path, tokenizer = make_corpus(tmp_path / "data")
+    saved = tmp_path / "saved"
+    flags = [*MODEL, *DATA, *TRAINING, "--data-path", data_path, "--tokenizer-model", tokenizer, *layout]
+    flags += ["--train-iters", "1000", "--micro-batch-size", "1", "--save", str(saved), "--sigterm-grace", "2"]
+    run = {
+        "slow": {"backward": 3.0},
+        "slow_from": slow_from,
+        "faults": [{"do": "SIGTERM", "rank": 1, "stage": "backward", "iteration": 3}],
+    }
+    with launched(tmp_path / "run", 2, [[run]], flags) as launch:
+        status = launch.agent.wait(2 * DEADLINE)
+        seconds = launch.ended_at() - launch.fault_time(0)
+        assert launch.processes() == []
+    said = launch.said()
+    assert status == 0, said[-3000:]
+    for rank in (0, 1):
+        assert (launch.folder / f"0.{rank}.status").read_text().split() == ["0"]
+    assert "stopping after iteration 2: a signal to another rank; the step in stage train of iteration 3 (" in said
+    assert (saved / "latest_checkpointed_iteration.txt").read_text().split() == ["2"]
+    print(f"ended {seconds:.1f} s after SIGTERM")
+    assert seconds < most

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_sip.checkpoint import manifest as manifest_module
 from megatron_sip.checkpoint.latest import (
     LATEST,
     candidates,
@@ -29,6 +30,7 @@ from megatron_sip.checkpoint.manifest import (
     Manifest,
     file_entry,
     read_manifest,
+    require_bytes,
     share,
     write_manifest,
 )
@@ -180,6 +182,20 @@ def test_with_none_left_all_are_named(root: Path) -> None:
         newest_whole(root, print)
 
 
+def test_a_long_check_tells_of_its_progress(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_CHUNK", 100)
+    folder, told = checkpoint_folder(root, 6), []
+    size = (folder / "__0_0.distcp").stat().st_size
+    require_bytes(folder, read_manifest(folder), ["__0_0.distcp"], lambda: told.append(None))
+    assert len(told) == -(-size // 100) > 5
+
+
+def test_a_rollback_begins_with_its_own_checkpoint_whatever_is_named(root: Path) -> None:
+    assert candidates(root, 4) == [4, 2]
+    (root / LATEST).write_text("six\n")
+    assert candidates(root, 4) == [4, 2]
+
+
 def test_an_earlier_number_in_the_latest_file_is_obeyed(root: Path) -> None:
     (root / LATEST).write_text("4\n")
     assert candidates(root) == [4, 2]
@@ -200,6 +216,36 @@ def test_checkpoints_without_a_time_come_last(root: Path) -> None:
         make(root, iteration, manifest=False)
     assert saved_iterations(root) == [1, 3, 2, 4, 6]
     assert candidates(root) == [6, 4, 2, 1]
+
+
+def test_without_the_latest_file_the_last_one_written_is_taken(root: Path) -> None:
+    (root / LATEST).unlink()
+    assert candidates(root) == [6, 4, 2]
+    said: list[str] = []
+    assert newest_whole(root, said.append) == 6
+    [warning] = said
+    assert warning.startswith(f"WARNING: {root / LATEST} is missing; taking {checkpoint_folder(root, 6)}")
+    cut(checkpoint_folder(root, 6) / "common.pt")
+    assert newest_whole(root, said.append) == 4
+    assert f"{root / LATEST} is missing; {checkpoint_folder(root, 6)} is damaged" in said[1]
+    make(root, 3, written=9.0)  # the run had gone back to 2
+    assert candidates(root) == [3, 2]
+
+
+def test_without_the_latest_file_and_a_whole_checkpoint_nothing_begins_anew(root: Path) -> None:
+    (root / LATEST).unlink()
+    for iteration in (2, 4, 6):
+        cut(checkpoint_folder(root, iteration) / "common.pt")
+    said = r"latest_checkpointed_iteration.txt is missing; .*iter_0000006 is damaged.*no whole checkpoint is left"
+    with pytest.raises(CheckpointError, match=said):
+        newest_whole(root, print)
+
+
+def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("iter_0000002.incomplete", "iter_0000004.deleted"):
+        (tmp_path / name).mkdir()
+    assert candidates(tmp_path) == []
+    assert newest_whole(tmp_path, print) is None
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -110,6 +111,25 @@ def test_a_kill_at_any_instant_leaves_a_whole_checkpoint(
     assert set(outcomes[:switch]) == {"old of 6"}
     assert set(outcomes[switch:]) == {f"new of {iteration}"}
     assert saved_iterations(root) == ([4, 6] if again else [6, 8])
+
+
+def test_a_kill_in_the_first_save_of_all_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the folder's name and the first latest file too."""
+    found = []
+    for at in itertools.count(1):
+        root = tmp_path / str(at)
+        write(incomplete_folder(root, 2), 2, "new")
+        with monkeypatch.context() as patch:
+            killer = Killer(patch, at)
+            with contextlib.suppress(KilledError):
+                give_name(root, 2)
+        clean(root)
+        said: list[str] = []
+        found.append((newest_whole(root, said.append), (root / LATEST).exists()))
+        assert len(said) == (found[-1] == (2, False))
+        if killer.count < at:
+            break
+    assert list(dict.fromkeys(found)) == [(None, False), (2, False), (2, True)]
 
 
 def test_a_damaged_checkpoint_does_not_count_and_is_not_deleted(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sip.checkpoint.latest import checkpoint_folder
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.config.groups import CheckpointConfig, Config, TrainingConfig
 from megatron_sip.errors import SipError
@@ -26,6 +27,7 @@ class Store:
         self.last_begun: int | None = None
         self.last_saved: int | None = None
         self.durable_at_once = durable_at_once
+        self.damaged: set[int] = set()
 
     def save(self, _trainer: object, progress: Progress) -> None:
         self.saved[progress.iteration] = progress
@@ -48,12 +50,17 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Any:
         def load(folder: Path, *_: object, **__: object) -> Progress:
             return store.saved[int(folder.name.removeprefix("iter_"))]
 
+        def choose(root: Path, *_: object, named: int) -> Path:
+            whole = [iteration for iteration in store.saved if iteration <= named and iteration not in store.damaged]
+            return checkpoint_folder(root, max(whole))
+
         monkeypatch.setattr(course_module.dist_checkpoint, "load", load)
+        monkeypatch.setattr(course_module, "choose", choose)
         config = Config(
             training=TrainingConfig(**{"train_iters": 12, "max_skipped_iterations": 2, **training}),
             checkpoint=CheckpointConfig(save="saved", save_interval=4),
         )
-        watch = SimpleNamespace(stage=lambda *_: nullcontext())
+        watch = SimpleNamespace(stage=lambda *_: nullcontext(), feed=lambda: None)
         leader = SimpleNamespace(watch=watch, world=None, together=lambda action: action())
         trainer = SimpleNamespace(recent_losses=())
         stream = SimpleNamespace(state_dict=lambda consumed: {"at": consumed})
@@ -119,6 +126,20 @@ def test_a_rollback_goes_on_behind_the_checkpoint_and_past_the_bad_samples(make:
     assert store.saved[4] == course.progress
     walk(course, "", "", "", "")
     assert store.saved[8] == Progress(8, 32, {"at": 32}, ((20, 28),), (0.5,))
+
+
+def test_a_rollback_goes_behind_a_checkpoint_that_is_no_longer_whole(make: Any) -> None:
+    store = Store()
+    course = make(store, max_rollbacks=2)
+    walk(course, *[""] * 9)
+    store.damaged.add(8)
+    walk(course, "non_finite", "non_finite")
+    assert course.progress == Progress(4, 16, {"at": 16}, ((36, 44),), (0.5,))
+    assert store.saved[4] == course.progress
+    # The rollback counts as one to the checkpoint that was taken: the third to it is one too many.
+    walk(course, "non_finite", "non_finite")
+    with pytest.raises(SipError, match="again after 2 rollbacks to the checkpoint of iteration 4"):
+        walk(course, "non_finite", "non_finite")
 
 
 def test_a_rollback_takes_the_checkpoint_that_is_still_being_written(make: Any) -> None:

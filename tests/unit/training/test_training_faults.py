@@ -11,7 +11,9 @@ import pytest
 from megatron_sip.config.timeouts import STAGES
 from megatron_sip.parallel import watch as watch_module
 from megatron_sip.parallel.inquest import Place
+from megatron_sip.parallel.leader import StopRequestedError
 from megatron_sip.parallel.watch import StageWatch
+from megatron_sip.training import faults
 from megatron_sip.training.faults import Boundaries
 
 
@@ -112,6 +114,65 @@ def test_a_stop_must_be_agreed_in_time_but_nothing_cuts_a_save_short(watch: Stag
     assert "did not agree to stop within 30 s of SIGTERM (--sigterm-grace 20 and 10)" in alarm.text
     watch.stop_agreed()
     assert watch._alarm() is None
+
+
+def test_ranks_that_are_well_are_given_the_time_to_their_next_boundary(watch: StageWatch, clock: Clock) -> None:
+    """A train stage of 40 s, as it took before, with the signal at its second 1."""
+    for _ in range(2):
+        watch.met("train")
+        clock.now += 40
+    watch.met("train")
+    clock.now += 1
+    watch.stop.requested_at = watch.stop.signalled_at = clock.now  # type: ignore[misc]
+    clock.now += 58
+    watch.feed()
+    assert watch._alarm() is None
+    clock.now += 2
+    alarm = watch._alarm()
+    assert alarm is not None
+    assert alarm.status == 4
+    assert "did not agree to stop within 59 s of SIGTERM (--sigterm-grace 20 and 10, and the way to a far" in alarm.text
+    # At the boundary they agree, which takes its time too; the way behind it was never long.
+    watch.met("optimizer")
+    clock.now += 9
+    assert watch._alarm() is None
+    clock.now += 2
+    assert watch._alarm() is not None
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world of one rank, whose exchanges are what it says itself."""
+    monkeypatch.setattr(faults.dist, "all_reduce", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("alone")
+def test_without_pipeline_a_step_can_be_given_up_before_each_micro_batch(watch: StageWatch, clock: Clock) -> None:
+    world: Any = SimpleNamespace(pp_size=1, control_group=None)
+    boundaries, begun = Boundaries(world, watch), []
+
+    def train() -> None:
+        with boundaries.stage("train", 3, (8, 11)):
+            for micro_batch in range(9):
+                boundaries.before_micro_batch()
+                begun.append(micro_batch)
+                clock.now += 10
+                watch.stop.requested_at = 1010.0  # type: ignore[misc]
+                watch.stop.seconds = clock.now - 1010  # type: ignore[misc]
+
+    with pytest.raises(StopRequestedError):
+        train()
+    assert begun == [0, 1, 2, 3]  # the last one begins with the grace of 20 s
+
+
+def test_with_pipeline_no_rank_waits_for_the_others_amid_a_pass(watch: StageWatch, clock: Clock) -> None:
+    world: Any = SimpleNamespace(pp_size=2)  # without a group to meet in
+    watch.stop.requested_at, watch.stop.seconds = clock.now, 1000.0  # type: ignore[misc]
+    with watch.stage("train"):
+        clock.now += 30
+        Boundaries(world, watch).before_micro_batch()
+        clock.now += 30
+        assert watch._alarm() is None  # it counts as progress
 
 
 def seconds_ahead(watch: StageWatch, stage: str) -> float:
