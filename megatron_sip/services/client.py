@@ -2,7 +2,7 @@
 
 Every call ends: with the parsed JSON object, or with `Missing` and a reason. It has one deadline over all its
 attempts. A call in the queue for a free slot has not begun, so a batch of n calls ends after at most
-ceil(n / concurrency) deadlines. The one exception is an outage of all servers, which calls may wait for.
+ceil(n / concurrency) deadlines. Calls may wait longer where no server answers, or where all asked to be left alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_sip.services.circuit import Endpoint, another, choose_endpoint
 from megatron_sip.services.endpoint import ClientSettings, parse_endpoints, read_key, tls_context
 from megatron_sip.services.health import Health
 from megatron_sip.services.hedging import may_hedge, race
+from megatron_sip.services.holds import Hold, Holds
 from megatron_sip.services.start_check import explain_failure, pick_model
 from megatron_sip.services.transport import Failure, exchange
 from megatron_sip.services.usage import Usage
@@ -76,6 +77,7 @@ class ServiceClient:
         self._session: aiohttp.ClientSession | None = None
         self._jitter = random.Random()
         self._health = Health(self._endpoints, self._probe, settings.url_flag)
+        self._holds = Holds(settings.url_flag)
         self._on_outage = settings.on_outage
         self._hide = self._key.hide_in if self._key else str
         self._tls = tls_context(settings) if any(e.base.startswith("https:") for e in self._endpoints) else None
@@ -121,7 +123,7 @@ class ServiceClient:
     @property
     def waits_for(self) -> str | None:
         """What calls wait for, naming the servers; None while none waits. Safe to read from any thread."""
-        return self._health.outage if self._on_outage == "wait" else None
+        return self._health.outage or self._holds.note if self._on_outage == "wait" else None
 
     @contextmanager
     def in_a_hurry(self) -> Iterator[None]:
@@ -135,7 +137,8 @@ class ServiceClient:
     async def post(self, path: str, body: Mapping[str, Any], at_root: bool = False) -> dict[str, Any] | Missing:
         """POST `body` to `path` below the base URL (`at_root`: beside /v1). Retries within one deadline.
 
-        With `on_outage` "wait" the deadline begins anew when a server is back.
+        With `on_outage` "wait" the deadline begins anew when a server is back, and stands still while all servers ask
+        to be left alone.
 
         Raises:
             ServiceError: no server answers, and `on_outage` is "stop" or the services are starting.
@@ -143,17 +146,23 @@ class ServiceClient:
         request = _Request(path, json.dumps(body).encode(), at_root)
         async with self._slots:
             self.calls += 1
-            while True:
-                await self._outage_is_over()
-                deadline = asyncio.get_running_loop().time() + self.settings.timeout
-                answer = await self._until_deadline(request, deadline)
-                if not isinstance(answer, Failure):
-                    self.usage.add(answer)
-                    return answer
-                passing = answer.again or answer.server_at_fault
-                if self._on_outage == "skip" or not passing or not await self._health.is_outage():
-                    self.usage.add(answer.missing)
-                    return answer.missing
+            with self._holds.of_call() as hold:
+                answer = await self._answered_or_failed(request, hold)
+        result = answer.missing if isinstance(answer, Failure) else answer
+        self.usage.add(result)
+        return result
+
+    async def _answered_or_failed(self, request: _Request, hold: Hold) -> dict[str, Any] | Failure:
+        """The answer, or the failure of a call that meets no outage."""
+        while True:
+            await self._outage_is_over()
+            deadline = asyncio.get_running_loop().time() + self.settings.timeout
+            answer = await self._until_deadline(request, deadline, hold)
+            if not isinstance(answer, Failure):
+                return answer
+            passing = answer.again or answer.server_at_fault
+            if self._on_outage == "skip" or not passing or not await self._health.is_outage():
+                return answer
 
     async def _outage_is_over(self) -> None:
         """Wait for a server, or raise, where calls are not to be missing for want of one."""
@@ -167,38 +176,61 @@ class ServiceClient:
         if self._on_outage == "wait":
             await self._health.wait()
 
-    async def _until_deadline(self, request: _Request, deadline: float) -> dict[str, Any] | Failure:
-        """Attempts until one is answered, the deadline is near or the retries are used up."""
+    async def _until_deadline(self, request: _Request, deadline: float, hold: Hold) -> dict[str, Any] | Failure:
+        """Attempts until one is answered, the deadline is near or the retries are used up.
+
+        A limit of the rate is no fault: it uses up no retry.
+        """
         loop = asyncio.get_running_loop()
         tried: set[str] = set()
         refused: set[str] = set()
-        attempt = 0
+        attempts = faults = 0
         failure: Failure | None = None
         while True:
             if failure is not None and self._outage_stops_retries():
                 return failure
             endpoint = choose_endpoint(self._endpoints, loop.time(), tried)
             held = endpoint.held_until - loop.time()
-            if held > 0 and loop.time() + held < deadline:
-                await asyncio.sleep(held + self._jitter.uniform(0.0, SPREAD_SECONDS))
-                continue
             if held > 0:
-                return _counted(failure or _asked_to_wait(endpoint, held), attempt)
-            last = attempt == self.settings.retries
+                if self._on_outage != "wait" and loop.time() + held >= deadline:
+                    return _counted(failure or _asked_to_wait(endpoint, held), attempts)
+                deadline += await self._sit_out(held, hold)
+                continue
+            last = faults == self.settings.retries
             answer = await self._attempt_or_copy(endpoint, request, deadline, tried, last)
             if not isinstance(answer, Failure):
                 return answer
-            failure, attempt = answer, attempt + 1
+            failure, attempts = answer, attempts + 1
+            faults += answer.status != TOO_MANY_REQUESTS
             tried.add(endpoint.base)
             if answer.refusal:
                 refused.add(endpoint.base)
             again = answer.again or (answer.refusal and len(refused) < len(self._endpoints))
-            pause = 0.0 if another(self._endpoints, loop.time(), tried) else self._backoff(attempt)
-            if last or not again or loop.time() + pause >= deadline:
-                return _counted(answer, attempt)
+            if faults > self.settings.retries or not again:
+                return _counted(answer, attempts)
+            pause = self._pause(tried, attempts)
+            if loop.time() + pause >= deadline:
+                return _counted(answer, attempts)
             if len(tried) == len(self._endpoints):
                 tried.clear()
             await asyncio.sleep(pause)
+
+    async def _sit_out(self, held: float, hold: Hold) -> float:
+        """Leave the servers alone for `held` seconds. How much later the deadline is for it, in seconds."""
+        seconds = held + self._jitter.uniform(0.0, SPREAD_SECONDS)
+        if self._on_outage != "wait":
+            await asyncio.sleep(seconds)
+            return 0.0
+        began = asyncio.get_running_loop().time()
+        await self._holds.sit_out(hold, seconds)
+        return asyncio.get_running_loop().time() - began
+
+    def _pause(self, tried: set[str], attempts: int) -> float:
+        """Seconds before the next attempt; none where there is another server, or a server named the time itself."""
+        now = asyncio.get_running_loop().time()
+        if another(self._endpoints, now, tried) or choose_endpoint(self._endpoints, now, tried).held_until > now:
+            return 0.0
+        return self._backoff(attempts)
 
     def _outage_stops_retries(self) -> bool:
         """Whether it is known by now that they lead nowhere, and what comes of that is decided elsewhere."""

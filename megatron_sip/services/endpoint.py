@@ -40,9 +40,10 @@ class ClientSettings:
     """One service: its servers and the limits of a call.
 
     `key_variables` are environment variables in order of preference. `url_flag` and `model_flag` only serve
-    messages. `timeout` is in seconds and holds for a call as a whole, retries and waits included. `hedge_after` are
+    messages. `timeout` is in seconds and holds for a call as a whole, retries and pauses included. `hedge_after` are
     seconds without an answer after which a second copy of the call is sent. `on_outage` tells what becomes of calls
-    while no server answers: they are missing, they wait for a server, or they raise.
+    while no server answers: they are missing, they wait for a server, or they raise. Calls that wait do so outside
+    `timeout`, also while all servers ask to be left alone.
     """
 
     urls: tuple[str, ...]
