@@ -12,7 +12,7 @@ demo_settings() {
         LOSS_CHECK=()
         RUN_DIR=${RUN_DIR:-runs/demo-quick}
     else
-        NTP_STEPS=489 SIP_STEPS=30 SIP_PREFIXES=8 ROLLOUTS=4 JUDGE_INTERVAL=30 REWRITE_INTERVAL=15
+        NTP_STEPS=489 SIP_STEPS=30 SIP_PREFIXES=8 ROLLOUTS=4 JUDGE_INTERVAL=30 REWRITE_INTERVAL=30
         HELD_OUT_PREFIXES=100 UNSAFE_PREFIXES=100 LOSS_TOKENS=50000
         LOSS_CHECK=(--require-below-unigram)
         RUN_DIR=${RUN_DIR:-runs/demo}
@@ -34,7 +34,7 @@ scoring_args() {
         --pool original rewrite rollout
         --num-rollouts "$ROLLOUTS"
         --likelihood-weight 10
-        --likelihood-interval 5
+        --likelihood-interval 6
         --classifier-weight 1
         --classifier profanity-check
         --quality-weight 1
@@ -127,10 +127,15 @@ on_cuts() {
     )
 }
 
+# prepare_data : corpus and judge model, side by side: each is a download and one thread of work.
 prepare_data() {
+    local log=$RUN_DIR/logs/judge-model.log from pid
+    from=$(lines_of "$log")
+    start_logged "$log" "$PYTHON" tools/get_judge_model.py --output "$JUDGE_MODEL_DIR"
+    pid=${STARTED[-1]}
     tool data "$PYTHON" tools/get_demo_data.py --output-dir "$DATA_DIR" \
         --train-documents 5000 --held-out-documents 500
-    tool judge-model "$PYTHON" tools/get_judge_model.py --output "$JUDGE_MODEL_DIR"
+    await_logged judge-model "$log" "$pid" "$from"
 }
 
 pretrain_base() {

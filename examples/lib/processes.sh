@@ -126,24 +126,34 @@ log_end() {
     tail -n "+$(($2 + 1))" "$1" | sed '/multiprocessing\/api.py.* failed /,$d' | tail -n 25 | sed 's/^/    /' >&2
 }
 
-# run_logged NAME LOG FILTER COMMAND... : run to the end with progress on the console. A failure shows the end of
-# the log and ends the script.
+# await_logged NAME LOG PID FROM : wait for the end of PID, which start_logged began when LOG had FROM lines. A failure
+# shows the end of the log and ends the script.
+await_logged() {
+    local status=0
+    wait "$3" || status=$?
+    forget "$3"
+    if ((status)); then
+        # The lines themselves may be gone from the screen by now, so the end of the log stands here too.
+        warn "$1 failed with status $status; the end of $2:"
+        log_end "$2" "$4"
+        exit 1
+    fi
+}
+
+# lines_of LOG : how many lines it has so far; none where it is not there yet.
+lines_of() { if [[ -f $1 ]]; then wc -l <"$1"; else echo 0; fi; }
+
+# run_logged NAME LOG FILTER COMMAND... : run to the end with progress on the console.
 run_logged() {
-    local name=$1 log=$2 filter=$3 pid follower status=0 from=0
+    local name=$1 log=$2 filter=$3 pid follower from
     shift 3
-    [[ -f $log ]] && from=$(wc -l <"$log")
+    from=$(lines_of "$log")
     touch "$log"
     start_logged "$log" "$@"
     pid=${STARTED[-1]}
     progress "$filter" "$log" "$pid" "$from" &
     follower=$!
-    wait "$pid" || status=$?
+    # The progress ends with the process, and its last lines come before what is said of a failure.
     wait "$follower" || true
-    forget "$pid"
-    if ((status)); then
-        # The lines themselves may be gone from the screen by now, so the end of the log stands here too.
-        warn "$name failed with status $status; the end of $log:"
-        log_end "$log" "$from"
-        exit 1
-    fi
+    await_logged "$name" "$log" "$pid" "$from"
 }
