@@ -128,9 +128,9 @@ def test_a_step_is_finished_in_the_grace_or_discarded_and_a_second_signal_ends_a
     ("layout", "slow_from", "most"),
     [
         # Given up before the next micro-batch.
-        (TP2, 3, 2 + 3 + 5),
+        (TP2, 3, 3 + 10),
         # Given up behind the pass of 15 s: the one of iteration 2 has told how long that takes.
-        (("--pipeline-model-parallel-size", "2"), 2, 15 + 5),
+        (("--pipeline-model-parallel-size", "2"), 2, 15 + 10),
     ],
     ids=["TP2", "PP2"],
 )
