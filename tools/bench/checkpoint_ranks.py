@@ -93,7 +93,8 @@ class Bench:
         return found
 
 
-def main() -> None:
+def run_ranks() -> None:
+    """Measure both kinds of saving."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     bench = Bench(spec, spec["ranks"])
     result = {mode: bench.run(mode == "asynchronous") for mode in ("synchronous", "asynchronous")}
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks()
