@@ -38,22 +38,29 @@ still_there() {
     done
 }
 
+# await_end SECONDS PID... : wait until none runs; status 1, and what is left in LEFT, if some still do after so long.
+await_end() {
+    local limit=$((SECONDS + $1))
+    shift
+    while mapfile -t LEFT < <(still_there "$@") && ((${#LEFT[@]})); do
+        ((SECONDS < limit)) || return 1
+        sleep 0.2
+    done
+}
+
 # end_all PID... : ask the groups to end, wait until the whole families are gone, then force what is left.
 end_all() {
-    local members=() left=() pid limit=$((SECONDS + ${STOP_GRACE:-45}))
+    local members=() pid LEFT=()
     (($#)) || return 0
     mapfile -t members < <(family "$@")
     for pid in "$@"; do
         kill -TERM -- "-$pid" 2>/dev/null || true
     done
-    while mapfile -t left < <(still_there "${members[@]}") && ((${#left[@]})); do
-        if ((SECONDS >= limit)); then
-            warn "these processes did not end when asked and are forced: ${left[*]}"
-            kill -KILL "${left[@]}" 2>/dev/null || true
-            break
-        fi
-        sleep 0.2
-    done
+    await_end "${STOP_GRACE:-45}" "${members[@]}" && return
+    warn "these processes did not end when asked and are forced: ${LEFT[*]}"
+    kill -KILL "${LEFT[@]}" 2>/dev/null || true
+    # The kernel takes its time where the machine is busy.
+    await_end 10 "${LEFT[@]}" || warn "these processes are still there: ${LEFT[*]}"
 }
 
 # on_exit: the one way out. Bash runs it on success, on failure and after a signal.
