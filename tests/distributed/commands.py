@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spawn import free_port, run_checks
+from forks import run_checks
+from spawn import free_port
 
 
 @dataclass(frozen=True)

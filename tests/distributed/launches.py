@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -17,7 +16,8 @@ from spawn import ROOT, worker_environment
 
 from megatron_sip.ports import free_port
 
-_TOKEN = "SIP_LAUNCH"
+TOKEN = "SIP_LAUNCH"
+"""Environment variable of all processes of a launch."""
 
 
 class Agent(Protocol):
@@ -54,69 +54,11 @@ class Torchrun:
     def start(self, ranks: int, max_restarts: int, argv: Sequence[str], log: Path) -> Agent:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
         command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", f"--max-restarts={max_restarts}"]
-        environment = worker_environment(**{_TOKEN: self.token})
+        environment = worker_environment(**{TOKEN: self.token})
         with log.open("w") as out:
             return subprocess.Popen(
                 [*command, *argv], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
-
-
-class _ForkedAgent:
-    """An agent of `murder_agent.py`, whose exit status comes from there."""
-
-    def __init__(self, pid: int, parent: subprocess.Popen) -> None:
-        self.pid, self._parent = pid, parent
-        self._process = psutil.Process(pid)
-        self._status: int | None = None
-
-    def poll(self) -> int | None:
-        if self._status is None and not alive(self._process):
-            self._status = int(_answer(self._parent))
-        return self._status
-
-    def kill(self) -> None:
-        if alive(self._process):
-            self._process.kill()
-            while self.poll() is None:
-                time.sleep(0.01)
-
-
-class Forked:
-    """Agents and ranks forked from one process that has imported everything, `murder_agent.py`."""
-
-    def __init__(self) -> None:
-        self.token = uuid.uuid4().hex
-        script = str(Path(__file__).with_name("murder_agent.py"))
-        self._process = subprocess.Popen(
-            [sys.executable, script],
-            cwd=ROOT,
-            env=worker_environment(**{_TOKEN: self.token}),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.own = {self._process.pid}
-
-    def start(self, ranks: int, max_restarts: int, argv: Sequence[str], log: Path) -> Agent:
-        order = {"ranks": ranks, "max_restarts": max_restarts, "port": free_port(), "log": str(log)}
-        assert self._process.stdin is not None
-        # The script is the one that the process was started with.
-        self._process.stdin.write(json.dumps({**order, "argv": list(argv[1:])}) + "\n")
-        self._process.stdin.flush()
-        return _ForkedAgent(int(_answer(self._process)), self._process)
-
-    def close(self) -> None:
-        """End the process; its agents must have ended."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-
-
-def _answer(process: subprocess.Popen) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, f"{process.args} ended with {process.wait(10)}"
-    return line
 
 
 def alive(process: psutil.Process) -> bool:
@@ -141,7 +83,7 @@ class Launch:
 
     def _owns(self, process: psutil.Process) -> bool:
         try:
-            return process.environ().get(_TOKEN) == self._launcher.token
+            return process.environ().get(TOKEN) == self._launcher.token
         except psutil.Error:  # it ended meanwhile, or is another user's
             return False
 

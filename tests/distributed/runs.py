@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from commands import Outcome
+from forks import run_checks
 from repeats import records, tensors
-from spawn import free_port, run_checks
+from spawn import free_port
 from tiny_corpus import make_corpus
 from tiny_run import DATA, MODEL, TRAINING
 

@@ -1,4 +1,4 @@
-"""Starts gloo workers for the distributed tests: one launch runs many checks, because imports take seconds."""
+"""torchrun as users call it, for the tests; each launch imports everything anew, `forks.py` does not."""
 
 from __future__ import annotations
 
@@ -48,14 +48,8 @@ def torchrun(world_size: int, *command: str, timeout: float = 300, **environment
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:
-    """What the ranks said before torchrun began to talk about it."""
-    said = (result.stdout + result.stderr).split("torch/distributed/elastic/multiprocessing/api.py")[0]
+    """What the ranks said before the elastic agent began to talk about them."""
+    said = result.stdout + result.stderr
+    for agent in ("torch/distributed/elastic/multiprocessing/api.py", "== what torch's elastic agent says"):
+        said = said.split(agent)[0]
     return said[-6000:]
-
-
-def run_checks(script: str, world_size: int, *arguments: str, timeout: float = 300) -> str:
-    """Run a check script of this folder; its standard output. A failed rank fails the test with its words."""
-    result = torchrun(world_size, str(Path(__file__).parent / script), *arguments, timeout=timeout)
-    if result.returncode != 0:
-        raise AssertionError(f"{script} {' '.join(arguments)} failed on {world_size} ranks:\n{complaint(result)}")
-    return result.stdout

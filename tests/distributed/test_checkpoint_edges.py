@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from spawn import complaint, torchrun
+from forks import forked
+from spawn import complaint
 from tiny_corpus import make_corpus
 
 from megatron_sip.checkpoint.latest import LATEST
@@ -32,7 +33,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         *("-m", "megatron_sip.pretrain", "--data-path", data_path, "--tokenizer-model", tokenizer),
         *(*MODEL, *TRAINING, "--load", saved, "--save", saved),
     ]
-    result = torchrun(1, *flags, "--hidden-size", "32", "--train-iters", "1")
+    result = forked(1, *flags, "--hidden-size", "32", "--train-iters", "1")
     assert result.returncode == 0, complaint(result)
     assert "checkpoint of iteration 1" in result.stdout
     return root / "saved", flags
@@ -44,7 +45,7 @@ def test_with_no_whole_checkpoint_left_it_is_one_line(stopped: tuple[Path, list[
     [file] = (damaged / "iter_0000001").glob("*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
     flags = [str(damaged) if flag == str(stopped[0]) else flag for flag in stopped[1]]
-    result = torchrun(1, *flags, "--hidden-size", "32", "--train-iters", "3")
+    result = forked(1, *flags, "--hidden-size", "32", "--train-iters", "3")
     assert result.returncode != 0
     [said] = [line for line in complaint(result).splitlines() if "error" in line]
     assert said.startswith(f"megatron_sip: error: {file.parent} is damaged: {file.name} has ")
@@ -57,7 +58,7 @@ def test_a_lost_latest_file_does_not_begin_a_new_run(stopped: tuple[Path, list[s
     shutil.copytree(stopped[0], lost)
     (lost / LATEST).unlink()
     flags = [str(lost) if flag == str(stopped[0]) else flag for flag in stopped[1]]
-    result = torchrun(1, *flags, "--hidden-size", "32", "--train-iters", "2")
+    result = forked(1, *flags, "--hidden-size", "32", "--train-iters", "2")
     assert result.returncode == 0, complaint(result)
     assert f"WARNING: {lost / LATEST} is missing; taking {lost / 'iter_0000001'}, the last one written" in result.stdout
     assert f"resumed from {lost} at iteration 1 " in result.stdout
@@ -72,7 +73,7 @@ def test_a_run_goes_on_after_it_was_killed_in_a_save(stopped: tuple[Path, list[s
 
     main = str(Path(__file__).with_name("kill_in_save.py"))
     flags = [*flags[2:], "--hidden-size", "32", "--save-interval", "1", "--async-save"]
-    killed = torchrun(1, main, "3", *flags, "--train-iters", "4")
+    killed = forked(1, main, "3", *flags, "--train-iters", "4")
     assert killed.returncode != 0
     assert "resumed from" in killed.stdout
     assert "checkpoint of iteration 2 saved" in killed.stdout
@@ -80,7 +81,7 @@ def test_a_run_goes_on_after_it_was_killed_in_a_save(stopped: tuple[Path, list[s
     assert {path.name for path in root.glob("iter_*")} == {first.name, "iter_0000002", "iter_0000003.incomplete"}
 
     (root / "iter_0000002" / "common.pt").unlink()
-    result = torchrun(1, "-m", "megatron_sip.pretrain", *flags, "--train-iters", "3")
+    result = forked(1, "-m", "megatron_sip.pretrain", *flags, "--train-iters", "3")
     assert result.returncode == 0, complaint(result)
     assert "iter_0000003.incomplete of an interrupted save removed" in result.stdout
     assert f"{root / 'iter_0000002'} is damaged: common.pt is missing" in result.stdout

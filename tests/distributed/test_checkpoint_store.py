@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from spawn import run_checks
+from forks import run_checks
 
 
 @pytest.mark.parametrize("tp", [2, 1], ids=["shards", "copies"])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Command, Outcome, run_commands
-from spawn import complaint, torchrun
+from forks import forked
+from spawn import complaint
 from tiny_corpus import make_corpus
 from tiny_run import DATA, TRAINING
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +60,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         return [*own, *RUN, "--load", str(root / load), "--save", str(root / name), *more]
 
     padded = ["--tensor-model-parallel-size", "2", "--pad-query-groups"]
-    first = torchrun(2, "-m", "megatron_sip.pretrain", *flags("padded", "hf", *padded, "--save-interval", "2"))
+    first = forked(2, "-m", "megatron_sip.pretrain", *flags("padded", "hf", *padded, "--save-interval", "2"))
     assert first.returncode == 0, complaint(first)
     convert(Conversion("mcore", "mcore", root / "padded", root / "plain", iteration=2, tensor_parallel=1))
     convert(Conversion("mcore", "mcore", root / "plain", root / "padded-again", tensor_parallel=2))

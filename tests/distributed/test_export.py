@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from spawn import ROOT, complaint, torchrun
+from forks import forked
+from spawn import ROOT, complaint
 from tiny_corpus import make_corpus
 
 from tools.checkpoint import convert as tool
@@ -44,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("export")
     data_path, tokenizer = make_corpus(root / "data")
     random_llama(root / "hf", 320)
-    result = torchrun(
+    result = forked(
         2,
         *("-m", "megatron_sip.pretrain", "--data-path", data_path, "--tokenizer-model", tokenizer),
         *(

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from forks import run_checks
 from safetensors.torch import load_file
-from spawn import ROOT, run_checks
+from spawn import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from megatron_sip.checkpoint.hf import Conversion, convert

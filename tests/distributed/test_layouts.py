@@ -6,7 +6,7 @@ from pathlib import Path
 
 import oracle
 import pytest
-from spawn import run_checks
+from forks import run_checks
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from spawn import complaint, torchrun
+from forks import forked
+from spawn import complaint
 from tiny_corpus import make_corpus
 from tiny_run import DATA, MODEL, TRAINING
 
@@ -22,7 +23,7 @@ class Runs:
     def __call__(self, name: str, world_size: int, *flags: str) -> list[dict]:
         """Run with `flags`; the metrics of every iteration."""
         log = self.root / f"{name}.jsonl"
-        result = torchrun(
+        result = forked(
             world_size,
             *("-m", "megatron_sip.pretrain", "--data-path", self.data_path, "--tokenizer-model", self.tokenizer),
             *(*MODEL, *DATA, *TRAINING, "--metrics-file", str(log), "--save", str(self.root / name), *flags),
@@ -93,7 +94,7 @@ def test_resume_with_another_schedule_goes_on_and_says_so(runs: Runs, unbroken: 
 
 def test_other_data_settings_refuse_to_resume(runs: Runs, unbroken: list[dict]) -> None:
     folder = runs.copy_at("unbroken", "refused", 3)
-    result = torchrun(
+    result = forked(
         1,
         *("-m", "megatron_sip.pretrain", "--data-path", runs.data_path, "--tokenizer-model", runs.tokenizer),
         *(*MODEL, *DATA, *TRAINING, "--load", folder, "--save", folder, "--suffix-length", "12"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import Forked, Launcher, Torchrun
+from forks import Forked
+from launches import Launcher, Torchrun
 from murder import AIMED, Course, broken, check_losses, plan, table, unbroken
 from repeats import differences, record_differences, records, tensor_differences
 from tiny_corpus import make_corpus

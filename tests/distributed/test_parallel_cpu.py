@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spawn import run_checks
+from forks import run_checks
 
 
 def test_megatron_core_runs_on_cpu_and_presets_have_their_size() -> None:

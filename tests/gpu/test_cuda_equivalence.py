@@ -10,8 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import oracle
-from spawn import run_checks
+from spawn import complaint, torchrun
 
+CHECK = str(Path(oracle.__file__).with_name("check_layout.py"))
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -28,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_gpu_equals_float64(folder: Path, precision: str) -> None:
     arguments = [str(folder), "1", "1", "0", "4", str(folder / "samples.pt")]
-    out = run_checks("check_layout.py", 1, *arguments, *([precision] if precision == "bf16" else []))
-    print(out)
-    assert "passed" in out
+    more = [precision] if precision == "bf16" else []
+    result = torchrun(1, CHECK, *arguments, *more)
+    print(result.stdout)
+    assert result.returncode == 0, complaint(result)
+    assert "passed" in result.stdout

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launches import Forked, Launcher, Torchrun
+from forks import Forked
+from launches import Launcher, Torchrun
 from murder import AIMED, Course, Kill, broken, check_losses, plan, table, unbroken
 from repeats import differences, records
 from tiny_corpus import make_corpus

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from commands import Command, Outcome, run_commands
 from fake_server import FakeServer
-from spawn import run_checks
+from forks import run_checks
 from tiny_corpus import documents, make_corpus, write_corpus
 from tiny_run import DATA, MODEL, TRAINING
 
