@@ -7,11 +7,10 @@ must repeat it bit for bit.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forks import Forked
+from forks import shared
 from launches import Launcher, Torchrun
 from murder import AIMED, Course, Kill, broken, check_losses, plan, table, unbroken
 from repeats import differences, records
@@ -27,13 +26,6 @@ SETTINGS = (
     "--judge-reading logit --quality-weight 1 --likelihood-weight 1 --judge-timeout 240 --reference-update-interval 2 "
     f"--train-iters {ITERATIONS} --lr-decay-iters {ITERATIONS} --save-interval {INTERVAL}"
 )
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    launcher = Forked()
-    yield launcher
-    launcher.close()
 
 
 def course(root: Path, name: str, judge_url: str, flags: str) -> Course:
@@ -71,9 +63,9 @@ def murder(launcher: Launcher, root: Path, url: str, flags: str, *, seed: int, k
 
 
 @pytest.mark.server
-def test_three_kills_with_a_live_judge_change_nothing(forked: Forked, judge_url: str, tmp_path: Path) -> None:
+def test_three_kills_with_a_live_judge_change_nothing(judge_url: str, tmp_path: Path) -> None:
     flags = "--tensor-model-parallel-size 2 --pool original rollout --num-rollouts 1"
-    done = murder(forked, tmp_path, judge_url, flags, seed=3, kills=3, restarts=2)
+    done = murder(shared(), tmp_path, judge_url, flags, seed=3, kills=3, restarts=2)
     assert {kill.stage for kill in done} >= {"judge"}
 
 
