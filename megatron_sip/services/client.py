@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
@@ -189,10 +190,10 @@ class ServiceClient:
         while True:
             if failure is not None and self._outage_stops_retries():
                 return failure
-            endpoint = choose_endpoint(self._endpoints, loop.time(), tried)
+            endpoint = self._choose(tried, deadline)
             held = endpoint.held_until - loop.time()
             if held > 0:
-                if self._on_outage != "wait" and loop.time() + held >= deadline:
+                if endpoint.held_until >= self._latest(deadline):
                     return _counted(failure or _asked_to_wait(endpoint, held), attempts)
                 deadline += await self._sit_out(held, hold)
                 continue
@@ -208,12 +209,21 @@ class ServiceClient:
             again = answer.again or (answer.refusal and len(refused) < len(self._endpoints))
             if faults > self.settings.retries or not again:
                 return _counted(answer, attempts)
-            pause = self._pause(tried, attempts)
+            pause = self._pause(tried, attempts, deadline)
             if loop.time() + pause >= deadline:
                 return _counted(answer, attempts)
             if len(tried) == len(self._endpoints):
                 tried.clear()
             await asyncio.sleep(pause)
+
+    def _latest(self, deadline: float) -> float:
+        """Until when a call can leave the servers alone."""
+        return math.inf if self._on_outage == "wait" else deadline
+
+    def _choose(self, tried: set[str], deadline: float) -> Endpoint:
+        """The server for the next attempt, which may have to be left alone first."""
+        now = asyncio.get_running_loop().time()
+        return choose_endpoint(self._endpoints, now, tried, self._latest(deadline))
 
     async def _sit_out(self, held: float, hold: Hold) -> float:
         """Leave the servers alone for `held` seconds. How much later the deadline is for it, in seconds."""
@@ -225,10 +235,10 @@ class ServiceClient:
         await self._holds.sit_out(hold, seconds)
         return asyncio.get_running_loop().time() - began
 
-    def _pause(self, tried: set[str], attempts: int) -> float:
+    def _pause(self, tried: set[str], attempts: int, deadline: float) -> float:
         """Seconds before the next attempt; none where there is another server, or a server named the time itself."""
         now = asyncio.get_running_loop().time()
-        if another(self._endpoints, now, tried) or choose_endpoint(self._endpoints, now, tried).held_until > now:
+        if another(self._endpoints, now, tried) or self._choose(tried, deadline).held_until > now:
             return 0.0
         return self._backoff(attempts)
 

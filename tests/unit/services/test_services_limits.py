@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from typing import Literal
 
 import pytest
-from fake_server import FakeServer, Handler, status
+from aiohttp import web
+from fake_server import FakeServer, Handler, hang, respond, status
 from test_services_client import settings
 from test_services_pool import GOOD, at_once, post, until, with_client
 
 from megatron_sip.services import client as client_module
 from megatron_sip.services import holds
+from megatron_sip.services.circuit import TRIP_FAILURES
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.types import Missing, MissingReason
 
@@ -112,6 +114,59 @@ def test_other_faults_use_up_the_retries_between_limits() -> None:
             assert "after 4 attempts" in answer.detail
 
         with_client(settings(server.url, retries=1), run)
+
+
+@pytest.mark.parametrize("policy", ["skip", "wait"])
+def test_a_server_that_asked_for_time_as_it_failed_is_no_way_out(policy: Literal["skip", "wait"]) -> None:
+    with FakeServer() as asking, FakeServer() as other:
+        asking.script.append(status(503, {"Retry-After": "60"}))
+
+        async def run(client: ServiceClient) -> None:
+            assert await post(client) == [GOOD]
+            other.script.append(status(500))
+            async with asyncio.timeout(3.0):
+                assert await post(client) == [GOOD]
+            assert len(asking.requests) == 1
+
+        with_client(settings(asking.url, other.url, retries=3, on_outage=policy), run)
+
+
+@pytest.mark.parametrize("policy", ["skip", "wait"])
+def test_a_limit_of_one_server_drives_no_call_to_a_dead_one(policy: Literal["skip", "wait"]) -> None:
+    with FakeServer() as dead, FakeServer() as slow:
+        dead.fault_every_time = hang
+        taken = [0.0]
+
+        async def one_at_a_time(request: web.Request) -> web.StreamResponse:
+            wait = taken[-1] + 0.05 - time.monotonic()
+            if wait > 0:
+                return await limited(wait)(request)
+            taken.append(time.monotonic())
+            return await respond(GOOD)(request)
+
+        slow.fault_every_time = one_at_a_time
+
+        async def run(client: ServiceClient) -> None:
+            for _ in range(TRIP_FAILURES):
+                client._endpoints[0].failed(0.0)
+            assert await at_once(client, 6) == [GOOD] * 6
+            assert dead.requests == []
+
+        with_client(settings(dead.url, slow.url, timeout=10.0, retries=0, on_outage=policy), run)
+
+
+def test_calls_wait_for_the_server_that_asked_for_less_time() -> None:
+    with FakeServer() as late, FakeServer() as soon:
+
+        async def run(client: ServiceClient) -> None:
+            now = asyncio.get_running_loop().time()
+            for endpoint, seconds in zip(client._endpoints, (60.0, 0.2), strict=True):
+                endpoint.hold(now, seconds)
+            client._endpoints[1].calls = 1  # the other one would be chosen by its load
+            assert await post(client) == [GOOD]
+            assert late.requests == []
+
+        with_client(settings(late.url, soon.url), run)
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])
