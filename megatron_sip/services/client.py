@@ -35,6 +35,8 @@ CHECK_SECONDS = 20.0
 PROBE_SECONDS = 5.0
 SPREAD_SECONDS = 0.25
 """Calls that waited for the same moment go out over this long, not all at once."""
+LONGEST_NAP_SECONDS = 5.0
+"""A call that waits for the servers' time to be over looks again this often: one of them may take calls sooner."""
 KEEP_ALIVE_SECONDS = 4.0
 """Less than the 5 s after which vLLM closes an idle connection: a call on one that is being closed is lost."""
 NOT_IMPLEMENTED = 501
@@ -195,7 +197,7 @@ class ServiceClient:
             if held > 0:
                 if endpoint.held_until >= self._latest(deadline):
                     return _counted(failure or _asked_to_wait(endpoint, held), attempts)
-                deadline += await self._sit_out(held, hold)
+                deadline += await self._sit_out(min(held, LONGEST_NAP_SECONDS), hold)
                 continue
             last = faults == self.settings.retries
             answer = await self._attempt_or_copy(endpoint, request, deadline, tried, last)

@@ -169,6 +169,26 @@ def test_calls_wait_for_the_server_that_asked_for_less_time() -> None:
         with_client(settings(late.url, soon.url), run)
 
 
+def test_calls_that_wait_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may take calls long before the time that another one named is over."""
+    monkeypatch.setattr(client_module, "LONGEST_NAP_SECONDS", 0.1)
+    with FakeServer() as one, FakeServer() as two:
+
+        async def run(client: ServiceClient) -> None:
+            now = asyncio.get_running_loop().time()
+            for endpoint in client._endpoints:
+                endpoint.hold(now, 60.0)
+            call = asyncio.create_task(post(client))
+            await asyncio.sleep(0.3)
+            assert not call.done()
+            client._endpoints[1].held_until = now
+            async with asyncio.timeout(2.0):
+                assert await call == [GOOD]
+            assert one.requests == []
+
+        with_client(settings(one.url, two.url, timeout=0.5, on_outage="wait"), run)
+
+
 @pytest.mark.parametrize("policy", ["skip", "stop"])
 def test_nothing_waits_beyond_its_deadline_otherwise(policy: Literal["skip", "stop"]) -> None:
     with FakeServer() as server:
