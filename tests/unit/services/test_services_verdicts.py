@@ -160,6 +160,9 @@ def test_label_probabilities_are_a_softmax_over_the_labels() -> None:
         ([entry(1, 0.9), {"token": "token_id:3", "logprob": math.nan}], MissingReason.MALFORMED),
         ([entry(1, 0.9), {"token": "token_id:3", "logprob": 2.0}], MissingReason.MALFORMED),
         ([entry(1, 0.9), {"token": "token_id:3", "logprob": True}], MissingReason.MALFORMED),
+        ([entry(1, 0.9), {"token": "token_id:3", "logprob": -(10**400)}], MissingReason.MALFORMED),
+        ([entry(1, 0.9), {"token": "token_id:3", "logprob": 10**400}], MissingReason.MALFORMED),
+        ([entry(1, 0.9), {"token": None, "logprob": -1.0}], MissingReason.MALFORMED),
         ([], MissingReason.MALFORMED),
     ],
 )
@@ -189,6 +192,8 @@ def test_prompt_logprobs() -> None:
         [None, {"6": {"logprob": -1.0}}],
         [None, None],
         [None, {"7": {"logprob": math.inf}}],
+        [None, {"7": {"logprob": -(10**400)}}],
+        [None, {"7": {"logprob": 10**400}}],
         [None, {"7": {"logprob": None}}],
         [None, {"7": -1.0}],
     ],
