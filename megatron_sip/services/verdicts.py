@@ -172,7 +172,7 @@ def _first_token_logprobs(body: Mapping[str, Any]) -> dict[str, float] | Missing
 
 
 def prompt_logprobs(body: Mapping[str, Any], token_ids: Sequence[int]) -> list[float | None] | Missing:
-    """Log-probability of each prompt token `[len(token_ids)]`; None for the first, which nothing precedes."""
+    """Log-probability of each prompt token `[len(token_ids)]`, 0 at most; None for the first: nothing precedes it."""
     choice = first_choice(body)
     if isinstance(choice, Missing):
         return choice
@@ -188,7 +188,7 @@ def prompt_logprobs(body: Mapping[str, Any], token_ids: Sequence[int]) -> list[f
         value = entry.get("logprob") if isinstance(entry, dict) else None
         if not _is_logprob(value):
             return Missing(MissingReason.MALFORMED, f"no log-probability for prompt token {position}")
-        values.append(float(value))
+        values.append(min(0.0, float(value)))
     return values
 
 

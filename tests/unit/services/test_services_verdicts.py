@@ -182,6 +182,8 @@ def scored(rows: object) -> dict[str, Any]:
 def test_prompt_logprobs() -> None:
     rows = [None, {"7": {"logprob": -1.5}, "9": {"logprob": -0.1}}, {"8": {"logprob": 0.0}}]
     assert prompt_logprobs(scored(rows), [5, 7, 8]) == [None, -1.5, 0.0]
+    rounded = [None, {"7": {"logprob": 0.005}}, {"8": {"logprob": 1e-7}}]
+    assert prompt_logprobs(scored(rounded), [5, 7, 8]) == [None, 0.0, 0.0], "a likelihood above 1 is no score"
 
 
 @pytest.mark.parametrize(
