@@ -109,7 +109,7 @@ class Health:
             if wake > loop.time():
                 await asyncio.sleep(wake - loop.time())
                 continue  # it may have been put to rest anew, or a call has worked
-            endpoint.probed(await self._probe(endpoint) is None, loop.time())
+            endpoint.probed(await self._complaint(endpoint) is None, loop.time())
         if self._outage is not None:
             self._end_outage(endpoint)
 
@@ -129,9 +129,20 @@ class Health:
         logger.info("%s", self._outage)
         return True
 
+    async def _complaint(self, endpoint: Endpoint) -> str | None:
+        """What is wrong with a server, by a probe of it.
+
+        A probe should never raise. One that does must not end the nurse, on whom all calls may wait for ever.
+        """
+        try:
+            return await self._probe(endpoint)
+        except Exception as error:
+            logger.warning("the probe of %s failed", endpoint.base, exc_info=True)
+            return f"the probe failed with {type(error).__name__}"
+
     async def _complaints(self) -> list[str]:
         """What is wrong with which server, by a probe of each; those that complain rest."""
-        said = await asyncio.gather(*(self._probe(endpoint) for endpoint in self._endpoints))
+        said = await asyncio.gather(*(self._complaint(endpoint) for endpoint in self._endpoints))
         complaints: list[str] = []
         for endpoint, complaint in zip(self._endpoints, said, strict=True):
             if complaint is not None:

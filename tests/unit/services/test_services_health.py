@@ -7,16 +7,20 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from megatron_sip.services import circuit
 from megatron_sip.services.circuit import FIRST_REST_SECONDS, Endpoint
 from megatron_sip.services.health import Health
 
 PROBE_SECONDS = 0.05
 
 
-class Probes:
-    """Says of each server, by name, what stands first in its list, and the last thing ever after."""
+Said = str | Exception | None
 
-    def __init__(self, **said: list[str | None]) -> None:
+
+class Probes:
+    """Says of each server, by name, what stands first in its list, or raises it, and the last thing ever after."""
+
+    def __init__(self, **said: list[Said]) -> None:
         self.said = said
         self.asked: list[str] = []
 
@@ -25,6 +29,8 @@ class Probes:
         answers = self.said[endpoint.base]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         await asyncio.sleep(PROBE_SECONDS)
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
 
@@ -105,3 +111,20 @@ def test_a_server_that_complains_at_the_roll_call_is_looked_after() -> None:
         assert probes.asked == ["sick", "well", "sick", "sick"]
 
     watched(probes, run)
+
+
+def test_a_probe_that_raises_is_a_complaint_and_no_end_of_the_probes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuit, "FIRST_REST_SECONDS", 0.02)
+    probes = Probes(odd=[OverflowError("an odd header"), OverflowError("again"), None])
+
+    async def run(health: Health, endpoints: list[Endpoint]) -> None:
+        assert await health.is_outage()
+        assert health.outage == "no server of --judge-url answers (odd: the probe failed with OverflowError)"
+        async with asyncio.timeout(5.0):
+            await health.wait()
+        assert not endpoints[0].resting
+
+    watched(probes, run)
+    assert "an odd header" in caplog.text, "what it was is told"
