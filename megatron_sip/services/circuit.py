@@ -15,7 +15,8 @@ TRIP_FAILURES = 5
 FIRST_REST_SECONDS = 0.5
 LONGEST_REST_SECONDS = 30.0
 LONGEST_PROBED_REST_SECONDS = 5.0
-"""A probe costs nobody a call, so a server that is away is asked for its health this often at least."""
+"""A probe costs nobody a call: a server that fails its probes is asked again after this time at the latest, and so is
+every server in an outage."""
 LONGEST_HOLD_SECONDS = 300.0
 """What is believed of a Retry-After: after this time the server is asked again, whatever it named."""
 
