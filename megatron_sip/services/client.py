@@ -199,6 +199,7 @@ class ServiceClient:
                     return _counted(failure or _asked_to_wait(endpoint, held), attempts)
                 deadline += await self._sit_out(min(held, LONGEST_NAP_SECONDS), hold)
                 continue
+            self._holds.over(hold)
             last = faults == self.settings.retries
             answer = await self._attempt_or_copy(endpoint, request, deadline, tried, last)
             if not isinstance(answer, Failure):
@@ -295,6 +296,7 @@ class ServiceClient:
         now = asyncio.get_running_loop().time()
         if not isinstance(answer, Failure):
             self._health.worked(endpoint, now)
+            self._holds.answered()
             return answer
         if answer.retry_after is not None:
             endpoint.hold(now, answer.retry_after)

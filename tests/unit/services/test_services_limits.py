@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from fake_server import FakeServer, Handler, hang, respond, status
 from test_services_client import settings
-from test_services_pool import GOOD, at_once, post, until, with_client
+from test_services_pool import GOOD, at_once, post, slow, until, with_client
 
 from megatron_sip.services import client as client_module
 from megatron_sip.services import holds
@@ -84,6 +84,43 @@ def test_a_long_wait_is_told_and_a_short_one_is_not(monkeypatch: pytest.MonkeyPa
         with_client(settings(server.url, retries=0, on_outage="wait"), run)
 
 
+def test_nothing_is_told_while_calls_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a steady limit some call always waits for long, and verdicts flow."""
+    monkeypatch.setattr(holds, "NOTED_SECONDS", 0.2)
+    with FakeServer() as server:
+        server.script.append(limited(60.0))
+
+        async def run(client: ServiceClient) -> None:
+            waiting = asyncio.create_task(post(client))
+            await until(lambda: client.waits_for is not None)
+            client._endpoints[0].held_until = 0.0  # it takes calls again, and the one that waits sleeps on
+            monkeypatch.setattr(holds, "NOTED_SECONDS", 30.0)
+            assert await post(client) == [GOOD]
+            assert client.waits_for is None
+            monkeypatch.setattr(holds, "NOTED_SECONDS", 0.0)
+            assert client.waits_for is not None, "the last answer is long ago"
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+        with_client(settings(server.url, retries=0, on_outage="wait"), run)
+
+
+def test_a_call_that_a_server_has_taken_waits_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holds, "NOTED_SECONDS", 0.2)
+    with FakeServer() as server:
+        server.script.extend([limited(0.3), slow(0.5)])
+
+        async def run(client: ServiceClient) -> None:
+            call = asyncio.create_task(post(client))
+            await until(lambda: client.waits_for is not None)
+            await until(lambda: len(server.requests) == 2)
+            assert client.waits_for is None
+            assert server.in_flight == 1
+            assert await call == [GOOD]
+
+        with_client(settings(server.url, retries=0, on_outage="wait"), run)
+
+
 def test_a_limit_without_a_time_is_tried_until_the_deadline() -> None:
     with FakeServer() as server:
 
@@ -133,7 +170,7 @@ def test_a_server_that_asked_for_time_as_it_failed_is_no_way_out(policy: Literal
 
 @pytest.mark.parametrize("policy", ["skip", "wait"])
 def test_a_limit_of_one_server_drives_no_call_to_a_dead_one(policy: Literal["skip", "wait"]) -> None:
-    with FakeServer() as dead, FakeServer() as slow:
+    with FakeServer() as dead, FakeServer() as narrow:
         dead.fault_every_time = hang
         taken = [0.0]
 
@@ -144,7 +181,7 @@ def test_a_limit_of_one_server_drives_no_call_to_a_dead_one(policy: Literal["ski
             taken.append(time.monotonic())
             return await respond(GOOD)(request)
 
-        slow.fault_every_time = one_at_a_time
+        narrow.fault_every_time = one_at_a_time
 
         async def run(client: ServiceClient) -> None:
             for _ in range(TRIP_FAILURES):
@@ -152,7 +189,7 @@ def test_a_limit_of_one_server_drives_no_call_to_a_dead_one(policy: Literal["ski
             assert await at_once(client, 6) == [GOOD] * 6
             assert dead.requests == []
 
-        with_client(settings(dead.url, slow.url, timeout=10.0, retries=0, on_outage=policy), run)
+        with_client(settings(dead.url, narrow.url, timeout=10.0, retries=0, on_outage=policy), run)
 
 
 def test_calls_wait_for_the_server_that_asked_for_less_time() -> None:
