@@ -46,7 +46,7 @@ def test_services_that_have_started_wait() -> None:
             server.script.append(die(server))
             future = services.submit_answers([pool_of("a1", "b22")], [[Question("quality", 0, 1)]])
             began = time.monotonic()
-            while services.waits_for() is None:
+            while services.waits_for("judge") is None:
                 assert time.monotonic() - began < 10
                 time.sleep(0.01)
             with FakeServer(port=server.port):
