@@ -11,9 +11,9 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -24,7 +24,7 @@ from megatron_sip.services.endpoint import ClientSettings, parse_endpoints, read
 from megatron_sip.services.health import Health
 from megatron_sip.services.hedging import may_hedge, race
 from megatron_sip.services.holds import Hold, Holds
-from megatron_sip.services.start_check import explain_failure, pick_model
+from megatron_sip.services.start_check import explain_failure, pick_model, tells_tokens
 from megatron_sip.services.transport import Failure, exchange
 from megatron_sip.services.usage import Usage
 from megatron_sip.types import Missing, MissingReason
@@ -39,8 +39,7 @@ LONGEST_NAP_SECONDS = 5.0
 """A call that waits for the servers' time to be over looks again this often: one of them may take calls sooner."""
 KEEP_ALIVE_SECONDS = 4.0
 """Less than the 5 s after which vLLM closes an idle connection: a call on one that is being closed is lost."""
-NOT_IMPLEMENTED = 501
-NOT_THERE = (404, 405, NOT_IMPLEMENTED)
+NOT_THERE = (404, 405, 501)
 TOO_MANY_REQUESTS = 429
 
 
@@ -60,7 +59,7 @@ _MODELS = _Request("/models", None)
 class ServerInfo:
     """What a service serves. `max_model_len` is in tokens, None where the server does not say.
 
-    `root` is the model folder as the server names it (vLLM); `has_tokenize` tells whether /tokenize answers.
+    `root` is the model folder as the server names it (vLLM); `has_tokenize` tells whether /tokenize is there.
     """
 
     model: str
@@ -196,7 +195,7 @@ class ServiceClient:
             held = endpoint.held_until - loop.time()
             if held > 0:
                 if endpoint.held_until >= self._latest(deadline):
-                    return _counted(failure or _asked_to_wait(endpoint, held), attempts)
+                    return (failure or _asked_to_wait(endpoint, held)).counted(attempts)
                 deadline += await self._sit_out(min(held, LONGEST_NAP_SECONDS), hold)
                 continue
             self._holds.over(hold)
@@ -211,10 +210,10 @@ class ServiceClient:
                 refused.add(endpoint.base)
             again = answer.again or (answer.refusal and len(refused) < len(self._endpoints))
             if faults > self.settings.retries or not again:
-                return _counted(answer, attempts)
+                return answer.counted(attempts)
             pause = self._pause(tried, attempts, deadline)
             if loop.time() + pause >= deadline:
-                return _counted(answer, attempts)
+                return answer.counted(attempts)
             if len(tried) == len(self._endpoints):
                 tried.clear()
             await asyncio.sleep(pause)
@@ -352,40 +351,37 @@ class ServiceClient:
         )
 
     async def _check_one(self, endpoint: Endpoint) -> ServerInfo:
-        seconds = min(CHECK_SECONDS, self.settings.timeout)
-        answer = await self._send(endpoint, _MODELS, seconds)
+        answer = await self._ask_at_start(endpoint, _MODELS, lambda failure: failure.busy)
         if isinstance(answer, Failure):
             raise ServiceError(explain_failure(endpoint, answer, self.settings))
         entry = pick_model(endpoint, answer, self.settings)
         length = entry.get("max_model_len")
         root = entry.get("root")
+        question = {"model": str(entry["id"]), "prompt": "a", "add_special_tokens": False}
+        tokenize = _Request("/tokenize", json.dumps(question).encode(), at_root=True)
+        tokens = await self._ask_at_start(endpoint, tokenize, lambda failure: failure.again)
         return ServerInfo(
             model=str(entry["id"]),
             max_model_len=length if isinstance(length, int) and length > 0 else None,
             root=root if isinstance(root, str) else None,
-            has_tokenize=await self._has_tokenize(endpoint, str(entry["id"]), seconds),
+            has_tokenize=tells_tokens(endpoint, tokens, self.settings),
         )
 
-    async def _has_tokenize(self, endpoint: Endpoint, model: str, seconds: float) -> bool:
-        """Whether /tokenize is there. ServiceError where that cannot be told: it decides how all verdicts are read."""
-        body = json.dumps({"model": model, "prompt": "a", "add_special_tokens": False}).encode()
-        answer = await self._send(endpoint, _Request("/tokenize", body, at_root=True), seconds)
-        if isinstance(answer, Failure):
-            if answer.server_at_fault and answer.status != NOT_IMPLEMENTED:
-                raise ServiceError(
-                    f"{endpoint.root}/tokenize failed ({answer.missing.detail}), so it is not known how to ask the "
-                    f"server of {self.settings.url_flag}; start again when it is well"
-                )
-            return False
-        return isinstance(answer.get("tokens"), list)
-
-
-def _counted(failure: Failure, attempts: int) -> Failure:
-    """`failure` with the number of attempts in its words, where there were several."""
-    if attempts < 2:
-        return failure
-    reason, detail = failure.missing.reason, failure.missing.detail
-    return replace(failure, missing=Missing(reason, f"{detail} (after {attempts} attempts)"))
+    async def _ask_at_start(
+        self, endpoint: Endpoint, request: _Request, passes: Callable[[Failure], bool]
+    ) -> dict[str, Any] | Failure:
+        """The answer of one server, which is asked again for `CHECK_SECONDS` while its failure is one that passes."""
+        loop, seconds = asyncio.get_running_loop(), min(CHECK_SECONDS, self.settings.timeout)
+        deadline, attempts = loop.time() + seconds, 0
+        while True:
+            answer = await self._send(endpoint, request, seconds)
+            attempts += 1
+            if not isinstance(answer, Failure) or not passes(answer):
+                return answer
+            pause = max(self._backoff(attempts), answer.retry_after or 0.0)
+            if loop.time() + pause >= deadline:
+                return answer.counted(attempts)
+            await asyncio.sleep(pause)
 
 
 def _asked_to_wait(endpoint: Endpoint, seconds: float) -> Failure:

@@ -78,7 +78,10 @@ class ModelServer:
     async def _learn_template(self) -> None:
         turn = await self.tokenize_chat([{"role": "user", "content": "a"}])
         if isinstance(turn, Missing):
-            raise ServiceError(f"{self.client} cannot render a chat turn ({turn.detail}); serve an instruct model")
+            raise ServiceError(
+                f"{self.client} cannot render a chat turn ({turn.reason}: {turn.detail}); start again if that passes, "
+                "else serve an instruct model"
+            )
         self._template_tokens = len(turn)
 
     async def _tokens_or_raise(self, text: str, special: bool) -> list[int]:
@@ -215,15 +218,11 @@ class ModelServer:
 
         Asked of /tokenize in that very position. ServiceError where a label is no single token of its own.
         """
-        opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": prefill}]
-        before = await self.tokenize_chat(opening)
+        before = await self._open_turn_ids(prefill)
         found: dict[str, list[int]] = {label: [] for label in labels}
         for label in labels:
             for spelling in (" " + label, label):
-                opening[1] = {"role": "assistant", "content": prefill + spelling}
-                after = await self.tokenize_chat(opening)
-                if isinstance(before, Missing) or isinstance(after, Missing):
-                    raise ServiceError(f"{self.client} does not tokenize an open assistant turn; use another reading")
+                after = await self._open_turn_ids(prefill + spelling)
                 if after[: len(before)] == before and len(after) == len(before) + 1:
                     found[label].append(after[-1])
         ids = [token for spellings in found.values() for token in spellings]
@@ -231,6 +230,16 @@ class ModelServer:
             raise ServiceError(
                 f"{self.client}: the labels {', '.join(labels)} are no single tokens of {self.info.model}; "
                 "use --judge-reading generate"
+            )
+        return found
+
+    async def _open_turn_ids(self, text: str) -> list[int]:
+        """Token ids of a short chat whose last turn, the assistant's, begins with `text`. ServiceError without them."""
+        found = await self.tokenize_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": text}])
+        if isinstance(found, Missing):
+            raise ServiceError(
+                f"{self.client} does not tokenize an open assistant turn ({found.reason}: {found.detail}); start again "
+                "if that passes, else use another reading"
             )
         return found
 
