@@ -57,12 +57,14 @@ class ModelServer:
 
     @property
     def prompting(self) -> str:
-        """What shapes an answer besides texts and model name: the context, what is broken up, and the model's folder.
+        """What shapes an answer besides texts and model name: context, quoting, /tokenize, the model's folder.
 
-        The folder because other weights may be served under the same name; a server that tells none adds nothing.
+        Without /tokenize labels are asked for and prompts are cut in another way. The folder is told because other
+        weights may be served under the same name; a server that tells none adds nothing.
         """
+        tokenize = "yes" if self.info.has_tokenize else "no"
         of_root = "" if self.info.root is None else f" root {self.info.root}"
-        return f"context {self.context} quoting {self.quoter.code}{of_root}"
+        return f"context {self.context} quoting {self.quoter.code} tokenize {tokenize}{of_root}"
 
     async def start(self) -> None:
         """Check the service and learn its tokenizer's habits. Raises ServiceError."""
