@@ -137,7 +137,7 @@ class ModelServer:
             return math.ceil(len(text.encode()) / 2)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         known = self._counts.get(digest)
-        if known is None:
+        if known is None or known.cancelled():
             known = asyncio.ensure_future(self._ask_count(text))
             self._counts[digest] = known
             if len(self._counts) > COUNTS_KEPT:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
-from fake_server import FakeServer, status
+from fake_server import FakeServer, hang, status
 from test_services_hub import pool_of, run, started
 
+from megatron_sip.services.hub import cancel_others
 from megatron_sip.services.judges import QualityJudge, Reading
 from megatron_sip.types import Missing, MissingReason, Question
 
@@ -78,3 +80,22 @@ def test_a_server_without_tokens_counts_two_bytes_for_one() -> None:
 
     with FakeServer(tokenize=False) as server:
         assert run(count(server)) == 3
+
+
+def test_a_count_that_was_given_up_is_asked_anew() -> None:
+    """As by a rollback, after which the same documents come again."""
+
+    async def count(server: FakeServer) -> int | Missing:
+        model = await started(server)
+        server.tokens_handler = hang
+        asked = asyncio.create_task(model.count(WORDS))
+        await asyncio.sleep(0.05)
+        await cancel_others()
+        assert asked.cancelled()
+        server.tokens_handler = None
+        counted = await model.count(WORDS)
+        await model.client.close()
+        return counted
+
+    with FakeServer() as server:
+        assert run(count(server)) == 300
