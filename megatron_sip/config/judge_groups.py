@@ -98,7 +98,7 @@ class RewriterConfig:
     """The rewriter's server. Used when the pool or the objective needs rewrites."""
 
     rewriter_url: tuple[str, ...] = ()
-    """Base URLs; default --judge-url. The key: env REWRITER_API_KEY, else JUDGE_API_KEY."""
+    """Base URLs; default --judge-url. The key: env REWRITER_API_KEY, on hosts of --judge-url else JUDGE_API_KEY."""
     rewriter_model: str | None = None
     """Model name on the server; default the only one it serves."""
     rewriter_temperature: float = 1.0

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.config.judge_set import active_judges
@@ -40,6 +40,8 @@ from megatron_sip.types import Answers, Missing, Pool, Question
 
 T = TypeVar("T")
 V = TypeVar("V", bound=Value)
+Role = Literal["judge", "rewriter"]
+ROLES: tuple[Role, ...] = get_args(Role)
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +72,7 @@ class PreferenceServices:
         self._intervals = {settings.name: settings.interval for settings in judges}
         self._servers = build_servers(judges, config.judge, environ)
         # Twice what is in flight: the next prompts are ready, but not all of a step's prompts lie in memory.
-        slots = sum(server.client.settings.concurrency for server in self._distinct_servers())
+        slots = sum(server.client.settings.concurrency for server in self._servers_of("judge"))
         self._limit = 2 * max(slots, config.judge.judge_concurrency)
         self._in_turn = InTurn(self._limit)
         if needs_rewriter(config):
@@ -112,9 +114,11 @@ class PreferenceServices:
             told["models"][self._rewriter.name] = self._rewriter.model
         return told
 
-    def _distinct_servers(self) -> list[ModelServer]:
-        """The judges' servers, each once."""
-        return list(dict.fromkeys(self._servers.values()))
+    def _servers_of(self, *roles: Role) -> list[ModelServer]:
+        """The judges' servers, each once, and the rewriter's if there is one."""
+        judges = dict.fromkeys(self._servers.values()) if "judge" in roles else ()
+        rewriter = self._rewrite_server if "rewriter" in roles else None
+        return [*judges, *([] if rewriter is None else [rewriter])]
 
     def start(self) -> None:
         """Open the cache, connect to the servers and check model, key and labels.
@@ -132,7 +136,7 @@ class PreferenceServices:
             raise
 
     async def _start(self) -> None:
-        servers = [*self._distinct_servers(), *([self._rewrite_server] if self._rewrite_server else [])]
+        servers = self._servers_of(*ROLES)
         with ExitStack() as starting:
             # A server that dies between the check and the first questions must not keep whoever starts for ever.
             for server in servers:
@@ -197,9 +201,8 @@ class PreferenceServices:
         `shared` counts questions for which nobody was asked because an equal one was under way.
         """
         totals: dict[str, float] = dict(self._seconds)
-        rewriters = [] if self._rewrite_server is None else [self._rewrite_server]
-        for label, servers in (("judge", self._distinct_servers()), ("rewriter", rewriters)):
-            if servers:
+        for label in ROLES:
+            if servers := self._servers_of(label):
                 totals[f"{label}_calls"] = sum(server.client.calls for server in servers)
                 totals[f"{label}_attempts"] = sum(server.client.attempts for server in servers)
                 totals[f"{label}_hedges"] = sum(server.client.hedges for server in servers)
@@ -215,11 +218,10 @@ class PreferenceServices:
         totals |= {f"missing/{name}": count for name, count in dict(self._missing).items()}
         return totals
 
-    def waits_for(self) -> str | None:
-        """What keeps calls waiting, naming the servers; None while every service has a server that answers."""
-        rewriters = [] if self._rewrite_server is None else [self._rewrite_server]
-        clients = [server.client for server in [*self._distinct_servers(), *rewriters]]
-        return next((client.waits_for for client in clients if client.waits_for is not None), None)
+    def waits_for(self, role: Role | None = None) -> str | None:
+        """What keeps calls to judges, rewriter or (None) either waiting, naming the servers; None where nothing."""
+        servers = self._servers_of(*(ROLES if role is None else (role,)))
+        return next((note for server in servers if (note := server.client.waits_for) is not None), None)
 
     def close(self) -> None:
         """Cancel what is under way, close all connections and end the thread."""
@@ -247,10 +249,8 @@ class PreferenceServices:
     async def _close(self) -> None:
         # First end the calls, then their connections: a call must not find its connections gone.
         await cancel_others()
-        for server in self._distinct_servers():
+        for server in self._servers_of(*ROLES):
             await server.client.close()
-        if self._rewrite_server is not None:
-            await self._rewrite_server.client.close()
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:

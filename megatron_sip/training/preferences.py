@@ -31,7 +31,7 @@ from megatron_sip.preference.screen import Screen, ScreenedPlan, screened_scores
 from megatron_sip.preference.select import choose, needs_scores
 from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
 from megatron_sip.services.build import needs_rewriter
-from megatron_sip.services.hub import PreferenceServices, distinct_pool
+from megatron_sip.services.hub import PreferenceServices, Role, distinct_pool
 from megatron_sip.services.rewriter import RewriteRequest
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.judged import JudgeWatch
@@ -153,7 +153,7 @@ class PreferenceMaker:
             rollouts = self._write_rollouts(cuts, iteration)
         rolled = time.perf_counter()
         with stage("rewrite", *where):
-            rewrites = self.leader.wait(self._rewrites.pop(iteration, None), self._trouble)
+            rewrites = self.leader.wait(self._rewrites.pop(iteration, None), partial(self._trouble, "rewriter"))
         rewritten = time.perf_counter()
         with stage("judge", *where):
             pools, absent = self._pools(cuts, rollouts, rewrites)
@@ -180,9 +180,9 @@ class PreferenceMaker:
             asked_of=self.services.asked_of() if self.services else {},
         )
 
-    def _trouble(self) -> str | None:
-        """What the services wait for, on a leader."""
-        return None if self.services is None else self.services.waits_for()
+    def _trouble(self, role: Role) -> str | None:
+        """What the judges or the rewriter wait for, on a leader. Rewrites that are fetched ahead hold up no verdict."""
+        return None if self.services is None else self.services.waits_for(role)
 
     def forget(self) -> None:
         """Let go of the rewrites that are on their way."""
@@ -268,7 +268,7 @@ class PreferenceMaker:
             if not self.leader.any(any(questions)):
                 break
             future = self.services.submit_answers(pools, questions) if self.services else None
-            answered = self.leader.wait(future, self._trouble)
+            answered = self.leader.wait(future, partial(self._trouble, "judge"))
             for given, fresh in zip(answers, answered or [], strict=True):
                 given.update(fresh)
         stopped = [self._stopped(pool, given, judges) for pool, given in zip(pools, answers, strict=True)]

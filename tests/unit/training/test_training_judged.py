@@ -208,6 +208,9 @@ class Rewriting(Services):
     def judges(self, _iteration: int) -> list[Any]:
         return []
 
+    def waits_for(self, role: str) -> str:
+        return role
+
     def asked_of(self) -> dict[str, dict[str, str]]:
         return {}
 
@@ -215,11 +218,12 @@ class Rewriting(Services):
 def test_steps_whose_rewrites_are_all_too_short_end_the_run(leader: Any) -> None:
     services: Any = Rewriting()
     services.counts |= {"from_journal": 0.0, "from_cache": 0.0}
+    told: list[str] = []
     parts: dict[str, Any] = {
         "world": SimpleNamespace(tp_size=1),
         "leader": SimpleNamespace(
             **vars(leader),
-            wait=lambda future, _trouble: future.result(),
+            wait=lambda future, trouble: told.append(trouble()) or future.result(),
             tell=lambda batch: batch,
             any=lambda value: value,
         ),
@@ -235,6 +239,7 @@ def test_steps_whose_rewrites_are_all_too_short_end_the_run(leader: Any) -> None
     with pytest.raises(SipError, match=r"3 of 3 answers of the rewriter service .* most often too_short"):
         maker.make(cut_at(2), 2)
     assert services.voided == [0]
+    assert told == ["rewriter"] * 3, "whose servers the wait is for"
 
 
 def message(leader: Any, name: str, judge: JudgeConfig) -> str:

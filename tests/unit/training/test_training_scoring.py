@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,12 +22,16 @@ QUALITY = JudgeSpec("quality", pairwise=True, weight=1.0)
 
 
 class OwnLeader:
-    """The only rank there is."""
+    """The only rank there is; `told` is what it hears of the servers while it waits."""
+
+    def __init__(self) -> None:
+        self.told: list[str | None] = []
 
     def any(self, value: bool) -> bool:
         return value
 
-    def wait(self, future: Future[Any], _trouble: object) -> Any:
+    def wait(self, future: Future[Any], trouble: Callable[[], str | None]) -> Any:
+        self.told.append(trouble())
         return future.result()
 
 
@@ -41,6 +45,9 @@ class Judges:
 
     def judges(self, _iteration: int) -> list[JudgeSpec]:
         return [QUALITY]
+
+    def waits_for(self, role: str) -> str:
+        return f"{role}s"
 
     def submit_answers(self, _pools: Sequence[Pool], questions: Sequence[list[Question]]) -> Future[list[Answers]]:
         self.rounds.append([len(group) for group in questions])
@@ -63,6 +70,13 @@ def maker(services: Judges, *flags: str) -> PreferenceMaker:
     config = parse_config(["--model-preset=llama-tiny", *flags])
     parts: Any = [config, None, OwnLeader(), None, None, None, services]
     return PreferenceMaker(*parts)
+
+
+def test_a_wait_for_verdicts_tells_of_the_judges_alone() -> None:
+    """Rewrites of coming steps are asked for meanwhile, and a rewriter that is away holds up no verdict."""
+    making: Any = maker(Judges([3]))
+    making._score([pool_of(3, 0)], 0)
+    assert making.leader.told == ["judges"]
 
 
 def test_adaptive_scoring_from_question_to_score() -> None:
