@@ -78,9 +78,10 @@ def saved_iterations(root: Path) -> list[int]:
 
 
 def written_at(folder: Path) -> float:
-    """When a checkpoint was written, by its manifest, in seconds since 1970; 0 where that is not known."""
+    """When a checkpoint was written, by its own manifest, in seconds since 1970; 0 where that is not known."""
     try:
-        return float(json.loads((folder / MANIFEST).read_bytes())["written"])
+        told = json.loads((folder / MANIFEST).read_bytes())
+        return float(told["written"]) if told["iteration"] == iteration_of(folder) else 0.0
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0  # of an early version, or damaged: `newest_whole` will tell
 
@@ -101,7 +102,9 @@ def candidates(root: Path, named: int | None = None) -> list[int]:
     if named is None and not saved:
         return []
     found = [saved[-1] if named is None else named]
-    for iteration in reversed(saved):
+    # What was written behind the named one is of another course. A damaged manifest tells no time to go by.
+    timed = found[0] in saved and written_at(checkpoint_folder(root, found[0])) > 0
+    for iteration in reversed(saved[: saved.index(found[0])] if timed else saved):
         if iteration < found[-1]:
             found.append(iteration)
     return found

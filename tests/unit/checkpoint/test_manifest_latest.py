@@ -211,6 +211,17 @@ def test_what_a_run_went_back_behind_is_not_taken(root: Path) -> None:
     assert candidates(root) == [7, 5, 3, 2]
 
 
+def test_what_was_written_behind_the_named_one_is_not_taken(root: Path) -> None:
+    """The run went back to 2 and on to 3; then the user wanted 6 again: 3 does not lead there, and 4 does."""
+    make(root, 3, written=9.0)
+    assert candidates(root) == [6, 4, 2]
+    cut(checkpoint_folder(root, 6) / "common.pt")
+    assert newest_whole(root, lambda _: None) == 4
+    # Without its own time, it cannot be told what was before it: by the number then.
+    (checkpoint_folder(root, 6) / MANIFEST).write_text("{")
+    assert candidates(root) == [6, 3, 2]
+
+
 def test_checkpoints_without_a_time_come_last(root: Path) -> None:
     for iteration in (1, 3):
         make(root, iteration, manifest=False)
