@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from megatron_sip.errors import CheckpointError
 
 LATEST = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7,})")
+_APART = 0.001
+"""Seconds between two checkpoints at least, as their manifests tell."""
 
 
 def checkpoint_folder(root: Path, iteration: int) -> Path:
@@ -84,6 +87,15 @@ def written_at(folder: Path) -> float:
         return float(told["written"]) if told["iteration"] == iteration_of(folder) else 0.0
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0  # of an early version, or damaged: `newest_whole` will tell
+
+
+def next_time(root: Path) -> float:
+    """The time of a checkpoint that is written now, in seconds since 1970: behind that of all that stand under `root`.
+
+    A run may go on on a host whose clock is behind; what was written last must be told as the last all the same.
+    """
+    last = max((written_at(checkpoint_folder(root, iteration)) for iteration in saved_iterations(root)), default=0.0)
+    return max(time.time(), last + _APART)
 
 
 def candidates(root: Path, named: int | None = None) -> list[int]:
