@@ -26,16 +26,17 @@ from megatron_sip.parallel.meeting import launch_store
 def continued(config: Config, say: Callable[[str], None]) -> Config:
     """The configuration of this start of the ranks, for the main rank.
 
-    Under `--max-restarts` every start has the same command line, with `--load` of the weights that the first one began
-    with. Once this launch has written a checkpoint, that is what a later start loads. `say` hears which way was taken.
+    Every start has the same command line, be it by `--max-restarts` or for a node that came or left, with `--load` of
+    the weights that the first one began with. Once this launch has written a checkpoint, that is what a later start
+    loads. `say` hears which way was taken.
 
     Raises:
         CheckpointError: the folder of `--save` is damaged.
     """
-    save, start = config.checkpoint.save, _start()
-    if save is None or start == 0:
+    save = config.checkpoint.save
+    if save is None or not _later(Path(save)):
         return config
-    root = Path(save)
+    root, which = Path(save), f"restart {_start()} of the ranks" if _start() else "a new start of the ranks"
     try:
         if root.is_dir():
             clean(root)  # a kill between the two renames of a save leaves the named folder under another name
@@ -46,9 +47,9 @@ def continued(config: Config, say: Callable[[str], None]) -> Config:
     iterations = [iteration for iteration in candidates(root) if iteration in own] if own else []
     iteration = newest_whole(root, say, _listing_problem, iterations)
     if iteration is None:
-        say(f"restart {start} of the ranks: this launch saved nothing in {root} yet, so they begin as at first")
+        say(f"{which}: this launch saved nothing in {root} yet, so they begin as at first")
         return config
-    say(f"restart {start} of the ranks: this launch saved iteration {iteration} in {root}, so they go on from there")
+    say(f"{which}: this launch saved iteration {iteration} in {root}, so they go on from there")
     # The sizes of the model may have come from the folder of --load.
     model = load_run_config(checkpoint_folder(root, iteration) / RUN_CONFIG).model
     return replace(config, model=model, checkpoint=replace(config.checkpoint, load=save, finetune=False))
@@ -69,8 +70,13 @@ def note_found(config: Config) -> None:
 
 
 def _start() -> int:
-    """How often torchrun has started the ranks again."""
+    """How often torchrun has started the ranks again, without the times when only a node came or left."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _later(root: Path) -> bool:
+    """Whether this is not the first start of its launch: by torchrun's count, or by the note of an earlier start."""
+    return _start() > 0 or _found(root) is not None
 
 
 def _of_this_launch(root: Path) -> set[int]:

@@ -192,6 +192,24 @@ def test_the_first_start_does_as_it_is_told(config: Config, root: Path, monkeypa
     assert continued(config, pytest.fail) == config
 
 
+@pytest.mark.parametrize("config", ["note"], indirect=True)
+def test_a_start_that_torchrun_does_not_count_goes_on_too(
+    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that comes or leaves makes torchrun start the ranks of the others anew, and is no retry to it."""
+    begin(config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    said: list[str] = []
+    assert continued(config, said.append) == config
+    save(root, 20, now())
+    note_found(config)
+    assert continued(config, said.append).checkpoint.load == str(root)
+    assert said == [
+        f"a new start of the ranks: this launch saved nothing in {root} yet, so they begin as at first",
+        f"a new start of the ranks: this launch saved iteration 20 in {root}, so they go on from there",
+    ]
+
+
 def test_a_launch_that_saved_nothing_yet_begins_as_before(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     for checkpoint in (CheckpointConfig(), config.checkpoint):
