@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,6 +21,11 @@ LATEST = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7,})")
 _APART = 0.001
 """Seconds between two checkpoints at least, as their manifests tell."""
+
+
+def same_folder(one: str | Path, other: str | Path | None) -> bool:
+    """Whether two paths name one folder."""
+    return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def checkpoint_folder(root: Path, iteration: int) -> Path:
@@ -98,10 +103,11 @@ def next_time(root: Path) -> float:
     return max(time.time(), last + _APART)
 
 
-def candidates(root: Path, named: int | None = None) -> list[int]:
+def candidates(root: Path, named: int | None = None, among: Collection[int] | None = None) -> list[int]:
     """Iterations that may be loaded, the best first: the named one, then what was written before it on the way there.
 
-    `named` is that of the latest file if it is not given.
+    named   that of the latest file if it is not given
+    among   leave all others alone, which are of an earlier run; None: all may be loaded
 
     A checkpoint beyond the named one is left alone: who wrote an earlier number into the latest file wants that one.
     So is one with a higher number than another that was written later: the run had gone back behind it. Without the
@@ -110,7 +116,10 @@ def candidates(root: Path, named: int | None = None) -> list[int]:
     Raises:
         CheckpointError: the latest file is damaged.
     """
-    named, saved = named_iteration(root) if named is None else named, saved_iterations(root)
+    saved = [iteration for iteration in saved_iterations(root) if among is None or iteration in among]
+    named = named_iteration(root) if named is None else named
+    if among is not None and named not in among:
+        named = None
     if named is None and not saved:
         return []
     found = [saved[-1] if named is None else named]

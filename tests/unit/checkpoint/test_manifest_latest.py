@@ -196,6 +196,13 @@ def test_a_rollback_begins_with_its_own_checkpoint_whatever_is_named(root: Path)
     assert candidates(root, 4) == [4, 2]
 
 
+def test_those_of_an_earlier_run_are_left_alone_whatever_is_named(root: Path) -> None:
+    assert candidates(root, among={2, 4}) == [4, 2]
+    assert candidates(root, 4, among={4, 6}) == [4]
+    assert candidates(root, among={2, 6}) == [6, 2]
+    assert candidates(root, among=()) == []
+
+
 def test_an_earlier_number_in_the_latest_file_is_obeyed(root: Path) -> None:
     (root / LATEST).write_text("4\n")
     assert candidates(root) == [4, 2]
