@@ -44,7 +44,6 @@ class Course:
         self.progress = self._calm = progress
         self._stand_at(progress)
         self._ours = set(behind)
-        self._started_at = progress.iteration
         if config.checkpoint.load and progress.iteration:
             self._recovery.checkpoint_at(Path(config.checkpoint.load), progress.iteration)
 
@@ -79,12 +78,11 @@ class Course:
             self._save()
 
     def finish(self) -> None:
-        """Save what is new, and wait until it is durable."""
+        """Save what is not saved, and wait until it is durable."""
         if not self.ended:
             # Amid bad steps: as of the last step before them, so that a resume repeats them.
             self.progress = self._calm
-        iteration = self.progress.iteration
-        if self._config.checkpoint.save and iteration > self._started_at and self._writer.last_begun != iteration:
+        if self._config.checkpoint.save and self.progress.iteration != self._saved_at:
             self._save()
         self._follow(self._writer.finish)
 

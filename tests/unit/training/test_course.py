@@ -185,6 +185,28 @@ def test_a_rollback_takes_no_checkpoint_of_other_data(make: Any) -> None:
         walk(course, "spike", "spike")
 
 
+def test_what_a_rollback_went_behind_the_start_for_is_saved_at_a_stop(make: Any) -> None:
+    """Resumed at 8, back to 4, stopped at 7, or just at 8 again."""
+    for last in (7, 8):
+        store = Store()
+        store.saved = {4: at(4), 8: at(8)}
+        course = make(store, at(8), "saved", (8, 4))
+        store.damaged.add(8)
+        walk(course, "spike", "spike")
+        for _ in range(4, last):
+            course.advance("", BATCH)
+        store.last_begun = None
+        course.finish()
+        assert store.last_begun == last
+        assert store.saved[last] == course.progress
+
+
+def test_a_run_that_is_stopped_before_its_first_step_saves_nothing(make: Any) -> None:
+    store = Store()
+    make(store, at(8), "saved", (8,)).finish()
+    assert store.saved == {}
+
+
 def test_a_rollback_takes_the_checkpoint_that_is_still_being_written(make: Any) -> None:
     course = make(Store(durable_at_once=False))
     walk(course, *[""] * 4, "non_finite", "non_finite")
