@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,23 @@ def test_broken_line_in_the_middle_is_refused_and_left_as_it_is(tmp_path: Path):
     with pytest.raises(DataError, match="line 2"):
         drop_after(path, 1)
     assert path.read_text() == content
+    assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert drop_after(tmp_path / "none.jsonl", 3) == 0
+
+
+def test_a_large_file_is_cut_line_by_line(tmp_path: Path):
+    """Sample logs grow to gigabytes, and the rank that cuts them holds a policy."""
+    path = tmp_path / "samples.jsonl"
+    lines = [json.dumps({"iteration": step, "text": "é" * 20_000}, ensure_ascii=False) for step in range(1, 101)]
+    path.write_text("\n".join(lines) + "\n")
+    tracemalloc.start()
+    try:
+        assert drop_after(path, 90) == 10
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000 < path.stat().st_size
+    assert path.read_text().splitlines() == lines[:90]
 
 
 def test_unwritable_places_name_their_flag(tmp_path: Path):
