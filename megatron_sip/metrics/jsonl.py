@@ -6,8 +6,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_sip.errors import ConfigError, DataError
 
@@ -42,7 +43,7 @@ class JsonlWriter:
                 self._cut(self.path, start_iteration)
             elif self.path.exists() and self.path.stat().st_size > 0:
                 set_aside(self.path)
-            self._file: TextIO = self.path.open("a", encoding="utf-8")
+            self._open()
         except OSError as error:
             raise ConfigError(f"cannot write {self.path} ({error.strerror}); give another path with {flag}") from error
 
@@ -51,7 +52,7 @@ class JsonlWriter:
         self.close()
         try:
             self._cut(self.path, iteration)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._open()
         except OSError as error:
             raise ConfigError(
                 f"cannot write {self.path} ({error.strerror}); give another path with {self._flag}"
@@ -59,23 +60,34 @@ class JsonlWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. ConfigError if the disk refuses it."""
-        line = json.dumps(_encode(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = memoryview((json.dumps(_encode(record), ensure_ascii=False, allow_nan=False) + "\n").encode())
         try:
-            self._file.write(line)
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
             if self._durable:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            raise ConfigError(
-                f"cannot write {self.path} ({error.strerror}); free some space or move it with {self._flag}"
-            ) from error
+            self._refused = True
+            raise self._no_room(error) from error
 
     def close(self) -> None:
-        """Flush to disk and close."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        """Flush to disk and close. ConfigError if the disk refuses it; not again what `write` was refused."""
+        if self._file.closed:
+            return
+        try:
+            with self._file:
+                if not self._refused:
+                    os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._no_room(error) from error
+
+    def _open(self) -> None:
+        # Without a buffer: a line that the disk refused must not come back at the end.
+        self._file: FileIO = self.path.open("ab", buffering=0)
+        self._refused = False
+
+    def _no_room(self, error: OSError) -> ConfigError:
+        return ConfigError(f"cannot write {self.path} ({error.strerror}); free some space or move it with {self._flag}")
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:

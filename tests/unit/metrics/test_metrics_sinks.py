@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -98,6 +99,29 @@ def test_a_file_that_cannot_be_rewound_names_its_flag(tmp_path: Path):
     (tmp_path / "deep").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="--metrics-file"):
         writer.rewind(0)
+
+
+def test_a_full_disk_is_told_once_and_the_file_is_closed():
+    """What ends the run is the refused write; closing must not put an error of another kind in its place."""
+    writer = JsonlWriter("/dev/full", flag="--metrics-file")
+    with pytest.raises(ConfigError, match=r"cannot write /dev/full \(No space left on device\).*--metrics-file"):
+        writer.write({"iteration": 1})
+    writer.close()
+    writer.close()
+
+
+def test_a_disk_that_refuses_only_the_last_flush_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl", flag="--metrics-file")
+    writer.write({"iteration": 1})
+
+    def refuse(_handle: int):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ConfigError, match="No space left"):
+        writer.rewind(0)
+    writer.close()
+    assert [record["iteration"] for record in read_jsonl(writer.path)] == [1]
 
 
 def test_fresh_run_keeps_the_file_of_an_earlier_one(tmp_path: Path):
