@@ -69,6 +69,25 @@ def started_at(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def runs_since(pid: int, started: str) -> bool | None:
+    """Whether a process of this machine that started then still runs; None where the system hides it.
+
+    /proc mounted with hidepid shows nobody the processes of other users.
+    """
+    foreign = False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        foreign = True
+    try:
+        now = started_at(pid)
+    except PermissionError:
+        return None
+    return None if foreign and now is None else now == started
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process of this machine is stopped (SIGSTOP, a debugger)."""
     try:
