@@ -88,8 +88,6 @@ class CheckpointWriter:
         self._copies = HostCopies()
         self.last_saved: int | None = None
         """Iteration of the newest checkpoint that is durable and named; None before the first of this run."""
-        self.last_begun: int | None = None
-        """Iteration of the newest save, under way or done."""
 
     def prepare(self) -> None:
         """Find out at the start of a run whether `--save` can be written to, and clean up after a killed one.
@@ -125,7 +123,6 @@ class CheckpointWriter:
         common = common_bytes(plan) if self._world.is_main else None
         writing = _in_background(lambda: _write(partial, plan, items, common))
         self._pending = _Pending(iteration, plan, started, writing)
-        self.last_begun = iteration
         if self._config.checkpoint.async_save:
             stall = 1000 * (time.perf_counter() - started)
             self._say(f"save of iteration {iteration} started, {stall:.0f} ms")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
 from megatron_sip.checkpoint.choose import choose
+from megatron_sip.checkpoint.latest import same_folder
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.checkpoint.writer import CheckpointWriter
 from megatron_sip.config.groups import Config
 from megatron_sip.data.cursor import ranges_of, sample_indices
 from megatron_sip.parallel.leader import Leader
-from megatron_sip.training.assemble import Stream
+from megatron_sip.training.assemble import Stream, require_own_model
 from megatron_sip.training.journal import JournalKeeper
 from megatron_sip.training.report import Reporter
 from megatron_sip.training.rollback import Recovery
@@ -34,13 +35,15 @@ class Course:
         writer: CheckpointWriter,
         journal: JournalKeeper,
         progress: Progress,
+        behind: Collection[int],
     ) -> None:
+        """`behind` are the iterations in the folder of `--save` that led to `progress`."""
         self._config, self._leader, self._trainer, self._stream = config, leader, trainer, stream
         self._writer, self._journal = writer, journal
         self._recovery = Recovery(config.training)
         self.progress = self._calm = progress
         self._stand_at(progress)
-        self._started_at = progress.iteration
+        self._ours = set(behind)
         if config.checkpoint.load and progress.iteration:
             self._recovery.checkpoint_at(Path(config.checkpoint.load), progress.iteration)
 
@@ -75,12 +78,11 @@ class Course:
             self._save()
 
     def finish(self) -> None:
-        """Save what is new, and wait until it is durable."""
+        """Save what is not saved, and wait until it is durable."""
         if not self.ended:
             # Amid bad steps: as of the last step before them, so that a resume repeats them.
             self.progress = self._calm
-        iteration = self.progress.iteration
-        if self._config.checkpoint.save and iteration > self._started_at and self._writer.last_begun != iteration:
+        if self._config.checkpoint.save and self.progress.iteration != self._saved_at:
             self._save()
         self._follow(self._writer.finish)
 
@@ -94,10 +96,14 @@ class Course:
         def load(root: Path, iteration: int) -> Progress:
             # Its files were whole when it was written; what a disk did to them since must not get into the weights.
             world, say = self._leader.world, reporter.say
-            folder = choose(root, world, say, self._leader.watch.feed, named=iteration)
+            among = self._ours if same_folder(root, self._config.checkpoint.save) else None
+            folder = choose(root, world, say, self._leader.watch.feed, named=iteration, among=among)
             if folder is None:
                 raise RuntimeError("a named checkpoint is whole, or choose() tells why not")
-            return dist_checkpoint.load(folder, world, self._trainer, say, weights_only=False)
+            require_own_model(folder, self._config)
+            loaded = dist_checkpoint.load(folder, world, self._trainer, say, weights_only=False)
+            self._stream.check_state(loaded.stream)
+            return loaded
 
         self._follow(self._writer.finish)
         with self._leader.watch.stage("load"):
@@ -125,4 +131,5 @@ class Course:
             writing()
             self._journal.checkpointed(self._writer.last_saved)
         if self._config.checkpoint.save and self._writer.last_saved is not None:
+            self._ours.add(self._writer.last_saved)
             self._recovery.checkpoint_at(Path(self._config.checkpoint.save), self._writer.last_saved)

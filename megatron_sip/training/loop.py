@@ -73,7 +73,8 @@ class Run:
         """Open and build everything; all ranks do each step together, so that what fails on one is told by all."""
         together, world = self.leader.together, self.world
         from_main(world, self.lock.acquire)  # before anything there is put in order
-        self.config = from_main(world, lambda: continued(self.config, _say))
+        start = from_main(world, lambda: continued(self.config, _say))
+        self.config = start.config
         self.data = together(lambda: assemble.open_data(self.config))
         self.config = together(lambda: assemble.with_model(self.config, self.data.tokenizer))
         together(lambda: validate(self.config, world.size))
@@ -90,13 +91,18 @@ class Run:
         self.trainer.before_micro_batch = self.boundaries.before_micro_batch
         with self.watch.stage("load"):
             progress = assemble.load_checkpoint(
-                self.config, world, self.trainer, self.data.stream, reporter.say, self.watch.feed
+                *(self.config, world, self.trainer, self.data.stream, reporter.say, self.watch.feed),
+                named=start.named,
+                among=start.among,
             )
+            behind = from_main(world, lambda: start.behind(progress.iteration))
         together(lambda: reporter.start(progress))
         journal = JournalKeeper(self.config.checkpoint, self.leader, self.services, reporter.say)
         with self.watch.stage("load"):
             journal.open(progress)
-        self.course = Course(self.config, self.leader, self.trainer, self.data.stream, writer, journal, progress)
+        self.course = Course(
+            self.config, self.leader, self.trainer, self.data.stream, writer, journal, progress, behind
+        )
         self.maker = assemble.build_maker(
             self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
         )

@@ -74,13 +74,13 @@ def damaged_on_disk(iteration: int) -> Any:
     """A checkpoint whose bytes change before a rollback to it."""
     proper = course.choose
 
-    def choose(root: Path, world: Any, *arguments: Any, named: int) -> Any:
+    def choose(root: Path, world: Any, *arguments: Any, named: int, **settings: Any) -> Any:
         if named == iteration and world.is_main:
             [*_, file] = sorted((root / f"iter_{iteration:07d}").glob("*.distcp"))
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 1
             file.write_bytes(content)
-        return proper(root, world, *arguments, named=named)
+        return proper(root, world, *arguments, named=named, **settings)
 
     return replaced(course, "choose", choose)
 
@@ -89,8 +89,8 @@ def told_to_jump(jumped: list[list[int]]) -> Any:
     """A run that leaves samples out from its start."""
     proper = assemble.load_checkpoint
 
-    def load(*arguments: Any) -> Any:
-        return replace(proper(*arguments), jumped=tuple((start, stop) for start, stop in jumped))
+    def load(*arguments: Any, **settings: Any) -> Any:
+        return replace(proper(*arguments, **settings), jumped=tuple((start, stop) for start, stop in jumped))
 
     return replaced(assemble, "load_checkpoint", load)
 
