@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,16 +30,18 @@ from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.config.fields import flag_of
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.config.presets import presets
+from megatron_sip.cost import check_report, report
+from megatron_sip.cost.check import check, fit, planned
 from megatron_sip.cost.hardware import Cluster, Efficiency
 from megatron_sip.cost.judging import JudgeQuestions, JudgeServers
 from megatron_sip.cost.levers import levers
+from megatron_sip.cost.measured import read_measured
 from megatron_sip.cost.plan import Case, make_plan
-from megatron_sip.cost.report import as_json, grids, remarks
 from megatron_sip.cost.settings import RunSettings
 from megatron_sip.cost.sizes import ModelSizes, model_sizes
-from megatron_sip.errors import SipError
+from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.evaluation.judge_report import write_file
-from megatron_sip.evaluation.report import markdown_page, print_grids
+from megatron_sip.evaluation.report import Grid, markdown_page, print_grids
 
 Group = TypeVar("Group")
 GROUPS: tuple[tuple[str, type[Any]], ...] = (
@@ -62,11 +64,23 @@ UNTIED = "untie_embeddings_and_output_weights"
 WIDTH_OF_A_FILE = 160
 
 
+@dataclass(frozen=True)
+class Result:
+    """What is printed and written."""
+
+    title: str
+    tables: Sequence[Grid]
+    lines: Sequence[str]
+    data: dict[str, Any]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags: of the tool, of the model, and those of every field of the groups."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levers", action="store_true", help="also print what each changed setting would save")
-    parser.add_argument("--json", type=Path, help="also write the plan here")
+    parser.add_argument("--check", nargs="+", type=Path, help="no plan: compare with files of tools/bench/step.py")
+    parser.add_argument("--fit-on", nargs="+", type=Path, default=[], help="with --check: fit the machine's constants")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--report", type=Path, help="also write the tables here, as Markdown")
     model = parser.add_argument_group("model")
     model.add_argument("--model-preset", choices=list(presets()), help="sizes by name; given ones win")
@@ -121,19 +135,42 @@ def case_of(args: argparse.Namespace) -> Case:
     return Case(sizes_of(args), run, cluster, efficiency, questions, servers)
 
 
+def plan(args: argparse.Namespace) -> Result:
+    """A plan of the flags."""
+    made = make_plan(case_of(args))
+    changed = list(levers(made)) if args.levers else []
+    return Result("Plan", report.grids(made, changed), report.remarks(made), report.as_json(made, changed))
+
+
+def checked(args: argparse.Namespace) -> Result:
+    """The cost model against measured steps."""
+    basis = [step for path in args.fit_on for step in read_measured(path)]
+    steps = [step for path in args.check for step in read_measured(path)]
+    constants = fit(basis) if basis else None
+    predict = planned(_group_of(Cluster, args), _group_of(Efficiency, args)) if constants is None else constants.seconds
+    found = check([*steps, *(step for step in basis if step not in steps)], predict, basis)
+    how = "constants fitted on the sizes that are marked" if basis else "the speeds of the flags at the measured rate"
+    return Result(
+        "Check of the cost model",
+        check_report.grids(found, constants),
+        [f"Predicted with {how} of matrix products."],
+        check_report.as_json(found, constants),
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; 2 for bad input, with one line that says what is wrong."""
     args = build_parser().parse_args(argv)
     console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=WIDTH_OF_A_FILE)
     try:
-        plan = make_plan(case_of(args))
-        changed = list(levers(plan)) if args.levers else []
-        tables, lines = grids(plan, changed), remarks(plan)
-        print_grids(tables, lines, console)
+        if args.fit_on and not args.check:
+            raise ConfigError("--fit-on belongs to --check; name the files to check with that")
+        result = checked(args) if args.check else plan(args)
+        print_grids(result.tables, result.lines, console)
         if args.json is not None:
-            write_file(args.json, json.dumps(as_json(plan, changed), indent=1, allow_nan=False) + "\n", "--json")
+            write_file(args.json, json.dumps(result.data, indent=1, allow_nan=False) + "\n", "--json")
         if args.report is not None:
-            write_file(args.report, markdown_page("Plan", tables, lines), "--report")
+            write_file(args.report, markdown_page(result.title, result.tables, result.lines), "--report")
     except SipError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
