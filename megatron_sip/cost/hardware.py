@@ -15,7 +15,7 @@ class Cluster:
 
     gpus: int = setting(8, "GPUs of the trainer")
     gpu_memory_gb: float = assumed(80.0, "memory of a GPU, 10^9 bytes", H100)
-    peak_tflops: float = assumed(989.0, "dense matrix products of a GPU in bf16, 10^12 operations/s", H100)
+    peak_tflops: float = assumed(989.0, "dense matrix products of a GPU in the run's type, 10^12 operations/s", H100)
     memory_bandwidth_tb: float = assumed(3.35, "memory bandwidth of a GPU, 10^12 bytes/s", H100)
     host_bandwidth_gb: float = assumed(50.0, "host to GPU, 10^9 bytes/s", "ours: PCIe 5 x16 has 64 in theory")
     network_bandwidth_gb: float = assumed(50.0, "network of a GPU, 10^9 bytes/s", "400 Gbit/s a GPU, arXiv 2407.21783")

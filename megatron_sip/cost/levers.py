@@ -41,7 +41,7 @@ def _dense_8b(case: Case) -> Case:
 
 
 def _without_sharing(case: Case) -> Case:
-    return _run(share_prefix=False, prefill_once=False)(case)
+    return _run(shared_prefix=False, prefill_once=False)(case)
 
 
 def _half_budget(case: Case) -> Case:

@@ -84,7 +84,7 @@ def _step(file: str, data: Mapping[str, Any], point: Mapping[str, Any]) -> Measu
         pipeline_model_parallel_size=pp,
         sequence_parallel=data["sequence_parallel"] and tp > 1,
         dtype=data["dtype"],
-        share_prefix=data["shared_prefix"],
+        shared_prefix=data["shared_prefix"],
     )
     sizes = {item.name: data["model"][item.name] for item in fields(ModelSizes)}
     layout = f" TP {tp} PP {pp}" if tp * pp > 1 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_sip.cost.flops import plain_flops, step_flops
@@ -18,6 +19,7 @@ from megatron_sip.cost.judging import (
 )
 from megatron_sip.cost.memory import Memory, memory_per_gpu
 from megatron_sip.cost.parts import spread_of_training
+from megatron_sip.cost.ranges import out_of_range
 from megatron_sip.cost.settings import RunSettings, problems
 from megatron_sip.cost.sizes import ModelSizes
 from megatron_sip.cost.timing import PolicySeconds, policy_seconds
@@ -112,7 +114,9 @@ def make_plan(case: Case) -> Plan:
     Raises:
         ConfigError: settings that cannot be, all of them named.
     """
-    found = [*problems(case.run, case.model, case.cluster.gpus), *_judge_problems(case)]
+    single = out_of_range(case.run, case.cluster, case.efficiency, case.questions, case.servers)
+    # Relations are told of numbers that can be.
+    found = list(single) or [*problems(case.run, case.model, case.cluster.gpus), *_other_problems(case)]
     if found:
         raise ConfigError("; ".join(found))
     run, cluster, efficiency = case.run, case.cluster, case.efficiency
@@ -181,16 +185,11 @@ def _steps(run: RunSettings) -> int:
     return math.ceil(run.token_budget / run.budget_tokens_per_step)
 
 
-def _judge_problems(case: Case) -> list[str]:
-    """What cannot be of the questions and the servers."""
-    found = []
-    counts = (case.questions.judge_votes, case.questions.judge_interval, case.questions.judge_answer_tokens)
-    if min(*counts, case.servers.judge_rows, case.servers.judge_gpus_per_server) < 1:
-        found.append("votes, interval, answer tokens, rows and GPUs of a judge must be at least 1")
-    if case.servers.judge_servers is not None and case.servers.judge_servers < 1:
-        found.append(f"--judge-servers {case.servers.judge_servers} is below 1; leave it out to have it worked out")
-    if not 0 < case.servers.judge_active_parameters <= case.servers.judge_parameters:
-        found.append("--judge-active-parameters must be above 0 and at most --judge-parameters")
+def _other_problems(case: Case) -> Iterator[str]:
+    """What cannot be of the questions, the servers, and the peak."""
+    if case.servers.judge_active_parameters > case.servers.judge_parameters:
+        yield "--judge-active-parameters is more than --judge-parameters; give both of your judge"
     if case.questions.candidates(case.run.num_rollouts) < 2:
-        found.append("--pool holds fewer than two candidates; add a kind or raise --num-rollouts")
-    return found
+        yield "--pool holds fewer than two candidates; add a kind or raise --num-rollouts"
+    if case.run.dtype == "fp32" and case.cluster.peak_tflops == Cluster.peak_tflops:
+        yield "--dtype fp32 has another peak than bf16; give it with --peak-tflops (an H100 has 67)"

@@ -47,7 +47,7 @@ class RunSettings:
     rollout_tensor_parallel_size: int = setting(1, "GPUs that share a model of the vllm engine")
     rollout_groups: int = setting(1, "groups of rows that fill the pipeline stages while decoding")
     reference_update_interval: int = setting(ReferenceConfig.reference_update_interval, "steps between updates")
-    share_prefix: bool = setting(True, "one row [prefix | chosen | rejected], else a row for each candidate")
+    shared_prefix: bool = setting(True, "one row [prefix | chosen | rejected], else a row for each candidate")
     prefill_once: bool = setting(True, "a prefix is prefilled once, and its cache kept once, for its K rollouts")
 
     @property
@@ -81,23 +81,20 @@ class RunSettings:
             reference=pairs,
             prefix_logits=self.train_prefix,
             prefill_once=self.prefill_once,
-            share_prefix=self.share_prefix,
+            share_prefix=self.shared_prefix,
         )
 
 
 def problems(run: RunSettings, model: ModelSizes, gpus: int) -> Iterator[str]:
-    """What cannot be, one sentence each, with the flags at fault."""
+    """Relations that cannot be, one sentence each, with the flags at fault; single numbers are in their ranges."""
     tp, pp = run.tensor_model_parallel_size, run.pipeline_model_parallel_size
-    if min(tp, pp, gpus, run.micro_batch_size, run.rollout_groups, run.rollout_tensor_parallel_size) < 1:
-        yield "--gpus, layout, --micro-batch-size and --rollout-groups must be at least 1"
-        return
     if gpus % run.model_parallel:
         yield f"--gpus {gpus} is no multiple of TP x PP = {tp} x {pp}; change one of them"
         return
     if pp > model.num_layers:
         yield f"--pipeline-model-parallel-size {pp} is more than the model's {model.num_layers} layers; lower it"
     rows = gpus // run.model_parallel * run.micro_batch_size
-    if run.global_batch_size < 1 or run.global_batch_size % rows:
+    if run.global_batch_size % rows:
         yield (
             f"--global-batch-size {run.global_batch_size} is no multiple of DP x --micro-batch-size = {rows}; "
             "change one of them"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from plan_case import LLAMA3_8B, PAPER, with_questions, with_run, with_servers
 
+from megatron_sip.config.fields import flag_of
 from megatron_sip.cost.assumed import assumptions
 from megatron_sip.cost.flops import plain_flops, step_flops
 from megatron_sip.cost.levers import LEVERS, levers
@@ -90,7 +91,7 @@ def test_every_lever_changes_the_cost_and_is_told() -> None:
 
 
 def test_sharing_the_prefix_is_what_the_formulas_say() -> None:
-    apart = with_run(PAPER, share_prefix=False, prefill_once=False)
+    apart = with_run(PAPER, shared_prefix=False, prefill_once=False)
     ratio = step_flops(PAPER.model, apart.run.work()).total / step_flops(PAPER.model, PAPER.run.work()).total
     assert ratio == pytest.approx(8.0 / 2.4, rel=0.1)
 
@@ -137,7 +138,12 @@ def test_assumptions_have_a_source_and_a_changed_one_is_given() -> None:
         ({"sequence_parallel": True}, "--sequence-parallel needs"),
         ({"rollout_engine": "vllm"}, "--rollout-engine vllm and --rollout-gpus go together"),
         ({"rollout_engine": "vllm", "rollout_gpus": 3, "rollout_tensor_parallel_size": 2}, "--rollout-gpus 3 is no"),
-        ({"micro_batch_size": 0}, "must be at least 1"),
+        (
+            {"micro_batch_size": 0, "prefix_length": 0},
+            "--prefix-length is 0; .*--micro-batch-size is 0; it must be above",
+        ),
+        ({"token_budget": float("nan")}, "--token-budget is nan"),
+        ({"dtype": "fp32"}, "give it with --peak-tflops"),
         ({"num_rollouts": 1}, "fewer than two candidates"),
     ],
 )
@@ -148,11 +154,22 @@ def test_settings_that_cannot_be_are_refused(changes: dict, message: str) -> Non
 
 @pytest.mark.parametrize(
     "changes",
-    [{"judge_servers": 0}, {"judge_rows": 0}, {"judge_active_parameters": 2e12}, {"judge_gpus_per_server": 0}],
+    [{"judge_servers": 0}, {"judge_rows": 0}, {"judge_active_parameters": 2e12}, {"judge_bandwidth_share": 1.5}],
 )
 def test_servers_that_cannot_be_are_refused(changes: dict) -> None:
-    with pytest.raises(ConfigError, match=r"--judge-|of a judge must"):
+    with pytest.raises(ConfigError, match="--judge-"):
         make_plan(with_servers(PAPER, **changes))
+
+
+def test_every_number_has_a_range_and_zero_is_in_some() -> None:
+    free = replace(PAPER.efficiency, layer_overhead_us=0.0, tp_latency_us=0.0, token_overhead_us=0.0, overlap_loss=0.0)
+    assert make_plan(replace(PAPER, efficiency=free)).policy.total < make_plan(PAPER).policy.total
+    for group in ("run", "cluster", "efficiency", "questions", "servers"):
+        for item in fields(getattr(PAPER, group)):
+            if isinstance(getattr(getattr(PAPER, group), item.name), int | float) and item.type != "bool":
+                bad = replace(PAPER, **{group: replace(getattr(PAPER, group), **{item.name: -1})})
+                with pytest.raises(ConfigError, match=f"{flag_of(item.name)} is -1"):
+                    make_plan(bad)
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ def test_the_plan_of_the_command_line_is_that_of_its_values(tmp_path: Path, caps
 
 def test_given_values_reach_the_plan(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    flags = "--token-budget 1e9 --no-share-prefix --judge-servers 7 --train-mfu 0.5 --overlap-grad-reduce".split()
+    flags = "--token-budget 1e9 --no-shared-prefix --judge-servers 7 --train-mfu 0.5 --overlap-grad-reduce".split()
     assert plan.main([*PAPER_FLAGS, *flags, "--pool", "original", "rewrite", "rollout", "--json", str(out)]) == 0
     case = json.loads(out.read_text())["case"]
-    assert (case["run"]["token_budget"], case["run"]["share_prefix"]) == (1e9, False)
+    assert (case["run"]["token_budget"], case["run"]["shared_prefix"]) == (1e9, False)
     assert (case["servers"]["judge_servers"], case["efficiency"]["train_mfu"]) == (7, 0.5)
     assert case["run"]["overlap_grad_reduce"] is True
     assert case["questions"]["pool"] == ["original", "rewrite", "rollout"]
