@@ -122,9 +122,12 @@ def _group_of(kind: type[Group], args: argparse.Namespace) -> Group:
 
 def sizes_of(args: argparse.Namespace) -> ModelSizes:
     """The model of the flags: a folder's, else given sizes over a preset's. SipError where one is missing."""
-    if args.load is not None:
-        return model_sizes(model_config_from_hf(args.load))
     values: dict[str, Any] = {name: getattr(args, name) for name in (*MODEL_FLAGS, UNTIED)}
+    if args.load is not None:
+        given = [flag_of(name) for name, value in values.items() if value is not None]
+        if given or args.model_preset:
+            raise ConfigError(f"--load has sizes of its own; leave out {', '.join(given or ['--model-preset'])}")
+        return model_sizes(model_config_from_hf(args.load))
     values |= {"max_position_embeddings": 0, "rotary_base": 0.0, "norm_epsilon": 0.0}  # of no account here
     return model_sizes(ModelConfig(model_preset=args.model_preset, **values))
 
@@ -149,7 +152,7 @@ def checked(args: argparse.Namespace) -> Result:
     constants = fit(basis) if basis else None
     predict = planned(_group_of(Cluster, args), _group_of(Efficiency, args)) if constants is None else constants.seconds
     found = check([*steps, *(step for step in basis if step not in steps)], predict, basis)
-    how = "constants fitted on the sizes that are marked" if basis else "the speeds of the flags at the measured rate"
+    how = "constants fitted on the sizes with a star" if basis else "the speeds of the flags at the measured rate"
     return Result(
         "Check of the cost model",
         check_report.grids(found, constants),

@@ -23,13 +23,13 @@ def _sizes_grid(found: Sequence[Checked]) -> Grid:
     def cell(checked: Checked, part: str) -> str:
         measured = checked.step.total if part == "whole" else checked.step.seconds[part]
         predicted = sum(checked.predicted.values()) if part == "whole" else checked.predicted[part]
-        return f"{predicted:.3f} / {measured:.3f} ({100 * checked.error(part):+.0f} %)"
+        return f"{predicted:.3f} / {measured:.3f} {100 * checked.error(part):+.0f} %"
 
     rows = tuple(
-        (checked.step.name + (" (fitted)" if checked.fitted else ""), *(cell(checked, part) for part in COLUMNS))
+        (checked.step.name + (" *" if checked.fitted else ""), *(cell(checked, part) for part in COLUMNS))
         for checked in found
     )
-    return Grid("Predicted / measured seconds (error)", ("size", *COLUMNS), rows)
+    return Grid("Predicted / measured seconds, error (* the constants are fitted on it)", ("size", *COLUMNS), rows)
 
 
 def errors(found: Sequence[Checked]) -> dict[str, dict[str, float]]:

@@ -54,7 +54,7 @@ def read_measured(path: Path) -> list[MeasuredStep]:
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); give a file of tools/bench/step.py --json") from error
     try:
-        found = [_step(path.stem, data, point) for point in _points(data) if not point["judge_seconds"]]
+        found = [_step(data, point) for point in _points(data) if not point["judge_seconds"]]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no file of tools/bench/step.py --json: {error!r} is missing or wrong") from error
     if not found:
@@ -71,7 +71,7 @@ def _points(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from points
 
 
-def _step(file: str, data: Mapping[str, Any], point: Mapping[str, Any]) -> MeasuredStep:
+def _step(data: Mapping[str, Any], point: Mapping[str, Any]) -> MeasuredStep:
     tp, pp = point["tensor_model_parallel_size"], point["pipeline_model_parallel_size"]
     run = RunSettings(
         prefix_length=point["prefix"],
@@ -88,7 +88,7 @@ def _step(file: str, data: Mapping[str, Any], point: Mapping[str, Any]) -> Measu
     )
     sizes = {item.name: data["model"][item.name] for item in fields(ModelSizes)}
     layout = f" TP {tp} PP {pp}" if tp * pp > 1 else ""
-    name = f"{file}: P {run.prefix_length} K {run.num_rollouts} B {run.global_batch_size}{layout}"
+    name = f"P {run.prefix_length} K {run.num_rollouts} B {run.global_batch_size}{layout}"
     rate = point["flops_per_step"] / point["floor_seconds"] / (tp * pp)
     return MeasuredStep(
         name, ModelSizes(**sizes), run, rate, {part: float(point["parts"].get(part, 0.0)) for part in PARTS}

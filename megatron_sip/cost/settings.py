@@ -93,6 +93,8 @@ def problems(run: RunSettings, model: ModelSizes, gpus: int) -> Iterator[str]:
         return
     if pp > model.num_layers:
         yield f"--pipeline-model-parallel-size {pp} is more than the model's {model.num_layers} layers; lower it"
+    if model.ffn_hidden_size % tp:
+        yield f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}; change it"
     rows = gpus // run.model_parallel * run.micro_batch_size
     if run.global_batch_size % rows:
         yield (

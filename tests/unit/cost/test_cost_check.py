@@ -158,7 +158,7 @@ def test_tables_and_json_tell_fitted_sizes_apart(tmp_path: Path) -> None:
     constants = fit(steps[:4])
     found = check(steps, constants.seconds, steps[:4])
     sizes, told, values = grids(found, constants)
-    assert [row[0].endswith("(fitted)") for row in sizes.rows] == [True] * 4 + [False] * 2
+    assert [row[0].endswith(" *") for row in sizes.rows] == [True] * 4 + [False] * 2
     assert [row[0] for row in told.rows] == ["4 sizes fitted on", "2 sizes not fitted on"]
     assert len(values.rows) == sum(map(len, TRUE.values.values()))
     data = json.loads(json.dumps(as_json(found, constants), allow_nan=False))

@@ -152,6 +152,12 @@ def test_settings_that_cannot_be_are_refused(changes: dict, message: str) -> Non
         make_plan(with_run(PAPER, **changes))
 
 
+def test_a_width_that_does_not_divide_is_refused() -> None:
+    odd = replace(PAPER, model=replace(PAPER.model, ffn_hidden_size=5633))
+    with pytest.raises(ConfigError, match="--tensor-model-parallel-size 2 does not divide --ffn-hidden-size 5633"):
+        make_plan(with_run(odd, tensor_model_parallel_size=2))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"judge_servers": 0}, {"judge_rows": 0}, {"judge_active_parameters": 2e12}, {"judge_bandwidth_share": 1.5}],

@@ -63,6 +63,7 @@ def test_sizes_of_a_folder_and_by_hand_are_those_of_the_preset(tmp_path: Path) -
         assert plan.main([*flags, "--json", str(out)]) == 0
         found.append(json.loads(out.read_text())["case"]["model"])
     assert found[0] == found[1] == found[2]
+    assert plan.main(["--load", str(tmp_path / "hf"), "--num-layers", "4"]) == 2
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
