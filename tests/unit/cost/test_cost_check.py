@@ -76,13 +76,17 @@ SIZES = [(1024, 16, 4), (1024, 2, 4), (256, 16, 4), (128, 4, 8), (1920, 8, 1), (
 
 def test_a_file_of_the_bench_is_read(tmp_path: Path) -> None:
     single = tmp_path / "one.json"
-    single.write_text(json.dumps({**around(), **point(256, 16, 4, seconds=3.0)}))
+    single.write_text(json.dumps({**around(), **point(256, 16, 4, seconds=3.0), "shared_prefix": {"ratio": 0.6}}))
     [step] = read_measured(single)
     assert step.model == SMALL
     assert step.rate == pytest.approx(RATE)
     assert (step.run.prefix_length, step.run.num_rollouts, step.run.global_batch_size) == (256, 16, 4)
     assert (step.run.dtype, step.run.element_bytes, step.ranks) == ("fp32", 4, 1)
+    assert step.run.shared_prefix
     assert step.seconds == dict.fromkeys(PARTS, 0.5), "the wait for the judge is not predicted"
+    apart = tmp_path / "apart.json"
+    apart.write_text(json.dumps({**around(), "shared_prefix": False, "sweeps": {"k": [point(256, 16, 4)]}}))
+    assert not read_measured(apart)[0].run.shared_prefix
     waits = written(tmp_path / "sweep.json", [point(256, 16, 4), point(256, 8, 4, judge=2.0)])
     assert [step.run.num_rollouts for step in read_measured(waits)] == [16]
 
