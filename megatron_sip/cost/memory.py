@@ -17,7 +17,8 @@ FLOAT = 4
 class Memory:
     """Bytes on one GPU, and on the host for each rank.
 
-    The static ones are there all the time; of training, reference and rollouts only one at a time.
+    The static ones are there all the time; of training, reference and rollouts only one at a time. The last two are
+    those of a GPU of the vllm engine: weights, and keys and values of all rows that it gets in a step.
     """
 
     weights: float
@@ -30,6 +31,8 @@ class Memory:
     rollout_logits: float
     host_reference: float
     wave: int
+    server_weights: float = 0.0
+    server_cache: float = 0.0
 
     @property
     def static(self) -> float:
@@ -94,6 +97,15 @@ def cache_bytes_per_prefix(model: ModelSizes, run: RunSettings) -> float:
     return run.element_bytes * layers * width * tokens
 
 
+def server_bytes(model: ModelSizes, run: RunSettings) -> tuple[float, float]:
+    """Weights, and keys and values of a step's rows, on a GPU of the vllm engine; a prefix's pages are kept once."""
+    if run.rollout_engine != "vllm":
+        return 0.0, 0.0
+    tokens = run.prefix_length + run.num_rollouts * run.suffix_length
+    cached = model.cache_elements_per_token * tokens * run.global_batch_size / run.rollout_gpus
+    return run.element_bytes * model.parameters / run.rollout_tensor_parallel_size, run.element_bytes * cached
+
+
 def memory_per_gpu(
     model: ModelSizes, run: RunSettings, data_parallel: int, usable_bytes: float, row_padding: float = 1.0
 ) -> Memory:
@@ -128,4 +140,6 @@ def memory_per_gpu(
         rollout_logits=min(wave, share) * row_logits,
         host_reference=FLOAT * n if work.reference else 0.0,
         wave=min(wave, share),
+        server_weights=server_bytes(model, run)[0],
+        server_cache=server_bytes(model, run)[1],
     )

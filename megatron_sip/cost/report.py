@@ -77,6 +77,9 @@ def _memory_grid(plan: Plan) -> Grid:
         "usable of a GPU": plan.usable_bytes,
         "on the host, for each GPU: reference in fp32": memory.host_reference,
     }
+    if plan.case.run.rollout_gpus:
+        named["a rollout server's GPU: weights"] = memory.server_weights
+        named["a rollout server's GPU: keys and values of its rows"] = memory.server_cache
     return Grid("Memory of a GPU", ("part", "GB"), tuple((name, f"{size / 1e9:.2f}") for name, size in named.items()))
 
 
@@ -177,6 +180,11 @@ def remarks(plan: Plan) -> list[str]:
     if not plan.fits:
         over = (plan.memory.peak - plan.usable_bytes) / 1e9
         lines.append(f"It does not fit: {over:.1f} GB too much on a GPU. {_way_out(plan)}")
+    server = plan.memory.server_weights + plan.memory.server_cache
+    if plan.memory.server_weights > plan.usable_bytes:
+        lines.append("The policy does not fit a rollout server: raise --rollout-tensor-parallel-size.")
+    elif server > plan.usable_bytes:
+        lines.append("The rows of a step do not fit the rollout servers at once; they are written in turns, slower.")
     if plan.judge_step.calls and plan.needed is None:
         floor = "the rounds of answers alone take longer than the policy's step"
         lines.append(f"No number of judge servers keeps pace with the policy: {floor}. Larger batch, shorter answers.")

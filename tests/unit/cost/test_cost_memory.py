@@ -62,6 +62,16 @@ def test_a_wave_is_what_fits_or_what_is_given() -> None:
     assert memory_per_gpu(LLAMA_1B4, RUN, 64, ROOM).wave == 4, "no more than a rank has"
 
 
+def test_rollout_servers_hold_the_weights_and_the_rows_of_a_step() -> None:
+    served = replace(RUN, rollout_engine="vllm", rollout_gpus=16, rollout_tensor_parallel_size=2)
+    memory = memory_per_gpu(LLAMA_1B4, served, 64, ROOM)
+    assert memory.server_weights == 2 * LLAMA_1B4.parameters / 2
+    # 8 copies of the policy, each with its eighth of the prefixes on 2 GPUs.
+    assert memory.server_cache == 256 / 8 * cache_bytes_per_prefix(LLAMA_1B4, RUN) / 2
+    assert memory.rollout_cache == memory.rollout_logits == 0
+    assert memory_per_gpu(LLAMA_1B4, RUN, 64, ROOM).server_weights == 0
+
+
 def test_recomputation_keeps_the_inputs_of_layers() -> None:
     whole = memory_per_gpu(LLAMA_1B4, RUN, 64, ROOM).activations
     again = memory_per_gpu(LLAMA_1B4, replace(RUN, recompute_granularity="full"), 64, ROOM).activations

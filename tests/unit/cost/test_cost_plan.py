@@ -103,6 +103,10 @@ def test_what_does_not_fit_is_said_with_a_way_out() -> None:
     assert any("does not fit" in line and "raise TP or PP" in line for line in remarks(plan))
     long = make_plan(with_run(PAPER, prefix_length=30_000))
     assert any("--recompute-granularity full" in line for line in remarks(long))
+    served = with_run(large, rollout_engine="vllm", rollout_gpus=1)
+    assert any("written in turns" in line for line in remarks(make_plan(served)))
+    tight = replace(served, cluster=replace(served.cluster, gpu_memory_gb=16.0))
+    assert any("--rollout-tensor-parallel-size" in line for line in remarks(make_plan(tight)))
     waves = make_plan(with_run(PAPER, num_rollouts=1024, rollout_batch_size=4))
     assert any("--rollout-batch-size" in line for line in remarks(waves))
 
