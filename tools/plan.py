@@ -152,11 +152,11 @@ def checked(args: argparse.Namespace) -> Result:
     constants = fit(basis) if basis else None
     predict = planned(_group_of(Cluster, args), _group_of(Efficiency, args)) if constants is None else constants.seconds
     found = check([*steps, *(step for step in basis if step not in steps)], predict, basis)
-    how = "constants fitted on the sizes with a star" if basis else "the speeds of the flags at the measured rate"
+    how = "constants fitted on the sizes with a star" if basis else "the shares that the flags give"
     return Result(
         "Check of the cost model",
         check_report.grids(found, constants),
-        [f"Predicted with {how} of matrix products."],
+        [f"Predicted from the measured rate of matrix products, with {how}."],
         check_report.as_json(found, constants),
     )
 

@@ -1,7 +1,7 @@
 """Predicted against measured seconds of a step, with the speeds of a plan or with speeds fitted on other sizes.
 
 A part's seconds are taken to be a sum of a few kinds of work, each with a constant of the machine: operations over the
-rate of matrix products, calls of a layer, and what goes by parameters or candidates. The kinds are those of the plan
+rate of matrix products, calls of a layer, parameters, or the step itself. The kinds are those of the plan
 (`parts.py`). Constants are fitted with none below 0 and the relative errors squared.
 """
 
@@ -63,7 +63,7 @@ def kinds_of_work(step: MeasuredStep) -> dict[str, dict[str, float]]:
         "reference": passes(parts.reference),
         "train": passes(parts.train),
         "optimizer": {"parameter, s": stage_parameters(step.model, step.run)},
-        "other": {"candidate, s": float(step.run.global_batch_size * (step.run.num_rollouts + 1))},
+        "other": {"step, s": 1.0},
     }
 
 

@@ -26,7 +26,7 @@ TRUE = Constants(
         "reference": {"linear layers and head": 1.2, "attention": 2.0, "layer call, s": 1e-3},
         "train": {"linear layers and head": 1.1, "attention": 3.0, "layer call, s": 3e-3},
         "optimizer": {"parameter, s": 4e-9},
-        "other": {"candidate, s": 1e-4},
+        "other": {"step, s": 2e-3},
     }
 )
 
@@ -180,6 +180,6 @@ def test_the_command_line_fits_and_checks(tmp_path: Path, capsys: pytest.Capture
     assert json.loads(out.read_text())["errors"]["not_fitted"]["whole"]["largest"] < 1e-6
     assert "2 sizes not fitted on" in capsys.readouterr().out
     assert plan.main(["--check", str(other)]) == 0
-    assert "the speeds of the flags" in capsys.readouterr().out
+    assert "the shares that the flags give" in capsys.readouterr().out
     assert plan.main(["--fit-on", str(basis)]) == 2
     assert "--fit-on belongs to --check" in capsys.readouterr().err
