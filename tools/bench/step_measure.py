@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -53,6 +54,9 @@ class Bench:
     def __enter__(self) -> Bench:
         from tools.bench.step_inputs import make_tokenizer
 
+        # Ended from outside, it takes its arms and folders along as well.
+        before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+        self._stack.callback(signal.signal, signal.SIGTERM, before)
         try:
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sip-step-")))
             tokenizer = folder / "tokenizer"
@@ -80,8 +84,9 @@ class Bench:
         ranks = self._spec.ranks if name == "sip" else 1
         command = [sys.executable, str(script), str(spec_file)]
         if ranks > 1:
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command[1:1] = launch
+            # torchrun looks at its ranks ten times a second unless told otherwise, in the turns of other arms too.
+            launch = ["--standalone", "--monitor-interval=1", f"--nproc-per-node={ranks}"]
+            command[1:1] = ["-m", "torch.distributed.run", *launch]
         threads = self._spec.threads if name == "sip" else self._spec.all_threads
         return self._stack.enter_context(Arm(name, command, arm_environment(threads, ranks)))
 

@@ -180,7 +180,7 @@ def _unsure(samples: Sequence[Sample]) -> list[str]:
 def describe(point: Point) -> str:
     """The sizes of a point in words."""
     text = f"P = {point.prefix}, S = {point.suffix}, K = {point.rollouts}, batch {point.batch}"
-    return text if point.judge_seconds <= 0 else f"{text}, judge {point.judge_seconds:g} s"
+    return text if point.judge_seconds <= 0 else f"{text}, judge {point.judge_seconds:.3g} s"
 
 
 def table(model: ModelSizes, result: Result) -> Table:

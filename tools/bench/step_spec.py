@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -84,11 +85,11 @@ class Spec:
 
     @property
     def all_threads(self) -> int:
-        """CPU threads of every arm."""
-        return self.threads * self.ranks
+        """CPU threads of an arm of one process: as many as our ranks have, but no more than there are cores."""
+        return min(self.threads * self.ranks, max(self.threads, os.cpu_count() or 1))
 
     def with_layout(self, tensor: int, pipeline: int) -> Spec:
-        """Other ranks with as many threads in all, as far as each rank gets one."""
+        """Other ranks that share the threads, as far as each rank gets one."""
         return replace(
             self,
             tensor=tensor,

@@ -30,9 +30,11 @@ from tools.bench import machine
 from tools.bench.step_curves import panel, sweep_table
 from tools.bench.step_measure import Bench
 from tools.bench.step_options import add_flags, point_of, spec_of, surroundings
-from tools.bench.step_report import Result, as_json, warnings_of
+from tools.bench.step_report import Result, as_json, machine_line, warnings_of
 from tools.bench.step_spec import Point, Spec
 
+_WIDTH = 160
+"""Columns of a table that is written to a file."""
 SWEEPS = ("k", "prefix", "batch", "layout", "judge")
 
 
@@ -89,7 +91,12 @@ class Sweep:
                 with self._bench(self._spec.with_layout(*layout_of(text))) as bench:
                     found["layout"] += bench.measure([self._base], self._options.repeats)
                     self._note(bench)
-        return found
+        return {name: [self._at_best_rate(result) for result in results] for name, results in found.items()}
+
+    def _at_best_rate(self, result: Result) -> Result:
+        """With the floor of the best rate of the whole sweep: that of one device does not depend on the point."""
+        devices = result.tensor * result.pipeline if self.gpu else 1
+        return replace(result, rate=devices * max(self.rates.values()))
 
     def _points(self, name: str, bench: Bench) -> list[Point]:
         if name == "judge":
@@ -122,8 +129,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
     around["matmul_flops_per_second"] = sweep.rates
     for name, results in found.items():
         console.print(sweep_table(name, sizes, results))
-        for warning in warnings_of(results, load):
-            console.print(f"WARNING: {warning}", highlight=False, soft_wrap=True)
+    console.print(machine_line(around, sweep.rates), highlight=False, soft_wrap=True)
+    for warning in warnings_of([result for results in found.values() for result in results], load):
+        console.print(f"WARNING: {warning}", highlight=False, soft_wrap=True)
     points = {name: [as_json(sizes, result) for result in results] for name, results in found.items()}
     if options.json:
         options.json.write_text(json.dumps({**around, "sweeps": points}, indent=1) + "\n")
@@ -139,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit status."""
     options = build_parser().parse_args(arguments)
     try:
-        run(options, Console())
+        run(options, Console() if sys.stdout.isatty() else Console(width=_WIDTH))
     except (SipError, OSError) as error:
         print(f"step_sweep: {error}", file=sys.stderr)
         return 1
