@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_sip.checkpoint.agree import attempt, from_main
+from megatron_sip.checkpoint.agree import attempt, from_main, on_main
 from megatron_sip.checkpoint.dist import state_to_save
 from megatron_sip.checkpoint.latest import checkpoint_folder, first_line
 from megatron_sip.checkpoint.lock import SaveLock
@@ -36,6 +36,7 @@ from megatron_sip.config.groups import Config
 from megatron_sip.errors import CheckpointError
 from megatron_sip.parallel.ending import WRITER_THREAD
 from megatron_sip.parallel.world import World
+from megatron_sip.rollout.pending import joined
 from megatron_sip.training.step import PolicyTrainer
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ class CheckpointWriter:
         root, iteration = self._root(), progress.iteration
         partial = incomplete_folder(root, iteration)
         from_main(self._world, lambda: _written(partial, lambda: self._begin(partial)))
-        plan = plan_save(state_to_save(trainer, progress), str(partial), self._world)
+        plan = plan_save(state_to_save(trainer, self._of_all_ranks(progress)), str(partial), self._world)
         items: Iterable[Item] = plan.items()
         if self._config.checkpoint.async_save:
             items = attempt(self._world, lambda: _written(partial, lambda: self._copies.take(plan.items())))
@@ -131,6 +132,14 @@ class CheckpointWriter:
             self._say(f"save of iteration {iteration} started, {stall:.0f} ms")
         else:
             self.finish()
+
+    def _of_all_ranks(self, progress: Progress) -> Progress:
+        """With the rollouts of the whole pending batch on the main rank, which writes what is not sharded."""
+        if progress.pending is None:  # alike on all ranks
+            return progress
+        parts = on_main(self._world, progress.pending if self._world.is_leader else None)
+        pending = None if parts is None else joined([part for part in parts if part is not None])
+        return replace(progress, pending=pending)
 
     def poll(self) -> Path | None:
         """Look whether a save is durable; all ranks call it between two steps. It never waits for a disk.
