@@ -40,19 +40,31 @@ class Progress:
 
 
 def to_state(progress: Progress) -> dict[str, Any]:
-    """The entries of a checkpoint's common state that tell where the run stands: plain values only."""
+    """The entries of a checkpoint's common state that all ranks know: plain values that tell where the run stands."""
     return {
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
         "stream": progress.stream,
         "jumped": [list(part) for part in progress.jumped],
         "recent_losses": list(progress.recent_losses),
-        "pending": None if progress.pending is None else _pending_state(progress.pending),
     }
 
 
+def pending_state(whole: PendingBatch) -> dict[str, Any]:
+    """The entry with the rollouts that the global batch waits with: plain tensors.
+
+    samples [n] int64, tokens [n, rollouts, length] int32, lengths [n, rollouts] int32.
+    """
+    tensors = {
+        "samples": torch.tensor(whole.samples, dtype=torch.int64),
+        "tokens": whole.rollouts.tokens.int(),
+        "lengths": whole.rollouts.lengths.int(),
+    }
+    return {"pending": tensors}
+
+
 def from_state(state: dict[str, Any]) -> Progress:
-    """The inverse of `to_state`; other entries of the common state are left alone.
+    """The inverse of `to_state` and `pending_state`; other entries of the common state are left alone.
 
     A checkpoint from before there were rollbacks has jumped over nothing and remembers no losses.
 
@@ -69,15 +81,6 @@ def from_state(state: dict[str, Any]) -> Progress:
         recent_losses=tuple(state.get("recent_losses", ())),
         pending=None if pending is None else _pending_from(pending),
     )
-
-
-def _pending_state(pending: PendingBatch) -> dict[str, torch.Tensor]:
-    """samples [n] int64, tokens [n, rollouts, length] int32, lengths [n, rollouts] int32."""
-    return {
-        "samples": torch.tensor(pending.samples, dtype=torch.int64),
-        "tokens": pending.rollouts.tokens.int(),
-        "lengths": pending.rollouts.lengths.int(),
-    }
 
 
 def _pending_from(state: dict[str, torch.Tensor]) -> PendingBatch:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from megatron_sip.checkpoint.lock import SaveLock
 from megatron_sip.checkpoint.manifest import COMMON, write_durably
 from megatron_sip.checkpoint.naming import incomplete_folder
 from megatron_sip.checkpoint.plan import HostCopies, Item, SavePlan, common_bytes, plan_save
-from megatron_sip.checkpoint.progress import Progress
+from megatron_sip.checkpoint.progress import Progress, pending_state
 from megatron_sip.checkpoint.publish import Written, fresh_folder, publish, write_pieces
 from megatron_sip.checkpoint.retain import clean
 from megatron_sip.config.groups import Config
@@ -119,11 +119,12 @@ class CheckpointWriter:
         root, iteration = self._root(), progress.iteration
         partial = incomplete_folder(root, iteration)
         from_main(self._world, lambda: _written(partial, lambda: self._begin(partial)))
-        plan = plan_save(state_to_save(trainer, self._of_all_ranks(progress)), str(partial), self._world)
+        plan = plan_save(state_to_save(trainer, progress), str(partial), self._world)
         items: Iterable[Item] = plan.items()
         if self._config.checkpoint.async_save:
             items = attempt(self._world, lambda: _written(partial, lambda: self._copies.take(plan.items())))
-        common = common_bytes(plan) if self._world.is_main else None
+        waiting = self._waiting(progress)
+        common = common_bytes(plan, waiting) if self._world.is_main else None
         writing = _in_background(lambda: _write(partial, plan, items, common))
         self._pending = _Pending(iteration, plan, started, writing)
         self.last_begun = iteration
@@ -133,13 +134,12 @@ class CheckpointWriter:
         else:
             self.finish()
 
-    def _of_all_ranks(self, progress: Progress) -> Progress:
-        """With the rollouts of the whole pending batch on the main rank, which writes what is not sharded."""
+    def _waiting(self, progress: Progress) -> dict[str, Any]:
+        """On the main rank, the rollouts that the next global batch waits with, as they are saved."""
         if progress.pending is None:  # alike on all ranks
-            return progress
+            return {}
         parts = on_main(self._world, progress.pending if self._world.is_leader else None)
-        pending = None if parts is None else joined([part for part in parts if part is not None])
-        return replace(progress, pending=pending)
+        return {} if parts is None else pending_state(joined([part for part in parts if part is not None]))
 
     def poll(self) -> Path | None:
         """Look whether a save is durable; all ranks call it between two steps. It never waits for a disk.

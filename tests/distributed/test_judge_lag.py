@@ -42,6 +42,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(runs: Runs, name: str
     assert runs.steps(name) == runs.steps("lag")
     assert record_differences(runs.metrics(name), runs.metrics("lag")[since:]) == []
     assert tensor_differences(runs.tensors(name, STEPS), runs.tensors("lag", STEPS)) == []
+    assert "common state dict differs" not in runs.said("lag"), "what one rank knows is not told as known to all"
     assert len({round(step["loss"], 3) for step in runs.steps("lag") if step["loss"]}) > 4
 
 
