@@ -134,6 +134,9 @@ class TrainingConfig:
     """Steps; a resumed run goes on to this number."""
     seed: int = 1234
     """Seed of initialisation, cuts, orders and rollouts."""
+    shared_prefix: bool = True
+    """Train a pair as one row [prefix | chosen | rejected]; off: as two rows, which computes the prefix twice and gives
+    the same loss and gradients (for comparison)."""
     bf16: bool = False
     """Weights and activations in bfloat16 with fp32 main weights; default fp32."""
     max_skipped_iterations: int = 10
