@@ -17,6 +17,10 @@ from megatron_sip.cost.measured import PARTS, MeasuredStep, read_measured
 from megatron_sip.cost.sizes import ModelSizes
 from megatron_sip.errors import ConfigError, DataError
 from tools import plan
+from tools.bench import step_report
+from tools.bench.step_options import surroundings
+from tools.bench.step_report import Result, Sample
+from tools.bench.step_spec import DEFAULT_MODEL, Point, Spec
 
 SMALL = ModelSizes(6, 320, 896, 8, 4, 40, 4096, untied=True)
 RATE = 203e9
@@ -97,6 +101,21 @@ def test_the_ranks_of_a_machine_share_its_rate(tmp_path: Path) -> None:
     assert step.rate == pytest.approx(RATE / 4)
     assert "TP 2 PP 2" in step.name
     assert work_of(step).train.dense > 0
+
+
+def test_what_the_bench_writes_is_read(tmp_path: Path) -> None:
+    spec = replace(Spec(model=DEFAULT_MODEL, tokenizer=""), dtype="bf16", rollout_batch_size=2, micro_batch_size=None)
+    parts = {"rollout": 4.0, "judge_wait": 9.0, "reference": 1.0, "train": 3.0, "optimizer": 0.5, "other": 0.25}
+    result = Result(Point(256, 128, 4, 8), 1, 1, 2e11, (Sample(17.75, parts, 1.0, 0.0),))
+    single, sweep = tmp_path / "step.json", tmp_path / "sweep.json"
+    head, found = surroundings(spec, SMALL, None, 0.0), step_report.as_json(SMALL, result)
+    single.write_text(json.dumps({**head, **found}))
+    sweep.write_text(json.dumps({**head, "sweeps": {"k": [found]}}))
+    [step] = read_measured(single)
+    assert read_measured(sweep) == [step]
+    assert (step.model, step.rate, step.total) == (SMALL, pytest.approx(2e11), 8.75)
+    assert (step.run.dtype, step.run.rollout_batch_size, step.run.micro_batch_size) == ("bf16", 2, 8)
+    assert work_of(step).tokens == 4 * 128, "four waves"
 
 
 @pytest.mark.parametrize(
