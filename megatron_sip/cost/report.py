@@ -80,7 +80,9 @@ def _memory_grid(plan: Plan) -> Grid:
     if plan.case.run.rollout_gpus:
         named["a rollout server's GPU: weights"] = memory.server_weights
         named["a rollout server's GPU: keys and values of its rows"] = memory.server_cache
-    return Grid("Memory of a GPU", ("part", "GB"), tuple((name, f"{size / 1e9:.2f}") for name, size in named.items()))
+    return Grid(
+        "Memory of a GPU", ("part", "GB"), tuple((name, f"{size / 1e9:.2f}") for name, size in named.items() if size)
+    )
 
 
 def _step_grid(plan: Plan) -> Grid:
