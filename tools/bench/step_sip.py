@@ -195,13 +195,12 @@ class SipStep:
         began, _, reference, train, updated = marks.times
         return {"reference": reference - began, "train": train - reference, "optimizer": updated - train}
 
-    def compare_prefix(self, point: Point, number: int) -> Reply:
+    def compare_prefix(self, point: Point, number: int, shared_first: bool) -> Reply:
         """Seconds of reference and training on the same pairs with the prefix shared, and with two rows a pair."""
         multiple = self.spec.tensor if self.spec.sequence_parallel else 1
         batch = pairs_of(random_cuts(point, self.vocab_size, number, self.spec.seed), multiple)
-        order = (True, False) if number % 2 else (False, True)
         reply: Reply = {}
-        for shared in order:
+        for shared in (shared_first, not shared_first):
             self.use(point, shared)
             seconds = self.train(batch)
             reply["shared" if shared else "unshared"] = {name: seconds[name] for name in ("reference", "train")}
@@ -231,7 +230,7 @@ class SipStep:
         """Do what is ordered.
 
         {"kind": "step", "point", "first_step", "steps"}: the mean of so many steps in a row
-        {"kind": "prefix", "point", "first_step"}: `compare_prefix`
+        {"kind": "prefix", "point", "first_step", "shared_first"}: `compare_prefix`
         {"kind": "save", "first_step"}: `save`
         """
         number = order["first_step"]
@@ -240,7 +239,7 @@ class SipStep:
         point = Point(**order["point"])
         self.use(point)
         if order["kind"] == "prefix":
-            return self.compare_prefix(point, number)
+            return self.compare_prefix(point, number, order["shared_first"])
         return mean_of(self.steps(point, number, order["steps"]))
 
     def serve(self, path: str) -> None:
