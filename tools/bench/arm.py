@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,8 +82,9 @@ class Arm:
         total = 0.0
         root = psutil.Process(self._process.pid)
         for process in [root, *root.children(recursive=True)]:
-            times = process.cpu_times()
-            total += times.user + times.system
+            with suppress(psutil.NoSuchProcess):  # it ended just now
+                times = process.cpu_times()
+                total += times.user + times.system
         return total
 
     def _ended(self) -> SipError:
@@ -143,10 +145,8 @@ class Line:
     def close(self) -> None:
         """End the line; the other end reads no more."""
         for end in (self._file, self._connection):
-            try:
+            with suppress(OSError):  # what was not sent any more has nobody to read it
                 end.close()
-            except OSError:  # what was not sent any more has nobody to read it
-                continue
 
 
 def mean_of(steps: Sequence[Reply]) -> Reply:

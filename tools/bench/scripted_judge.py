@@ -13,7 +13,7 @@ from tools.bench.step_inputs import picks
 class ScriptedJudge:
     """Scores each candidate by a seeded draw, one question after the other as a server of a fixed rate does.
 
-    `question_seconds` is what one question takes of the judge, whatever the trainer does meanwhile.
+    What a question takes of the judge it takes whatever the trainer does meanwhile.
     """
 
     name = "classifier"
@@ -27,7 +27,11 @@ class ScriptedJudge:
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._free_at = 0.0
-        self.question_seconds = 0.0
+        self._question_seconds = 0.0
+
+    def start_anew(self, question_seconds: float) -> None:
+        """Be idle, and take so long for a question from now on."""
+        self._free_at, self._question_seconds = 0.0, question_seconds
 
     async def start(self) -> None:
         """Nothing to learn."""
@@ -35,9 +39,9 @@ class ScriptedJudge:
     async def ask(self, pool: Pool, question: Question) -> Verdict:
         """The draw of candidate `first`, once the questions before it are answered."""
         score = picks(self._seed, pool.sample_index, len(pool.candidates))[question.first]
-        if self.question_seconds > 0:
+        if self._question_seconds > 0:
             now = asyncio.get_running_loop().time()
-            self._free_at = max(now, self._free_at) + self.question_seconds
+            self._free_at = max(now, self._free_at) + self._question_seconds
             await asyncio.sleep(self._free_at - now)
         return score
 
@@ -51,5 +55,5 @@ class ScriptedServices(PreferenceServices):
         self._judges = {self.judge.name: self.judge}
 
     def take(self, seconds: float, questions: int) -> None:
-        """From now on so many questions take so long."""
-        self.judge.question_seconds = seconds / questions
+        """From now on so many questions take so long; none is left of those that were asked before."""
+        self.judge.start_anew(seconds / questions)

@@ -141,17 +141,16 @@ class Bench:
         found.hf.append(self._step("hf", point, self._steps))
 
     def _measure_prefix(self, point: Point, found: _Found) -> None:
-        reply = self._ask("sip", "prefix", point, 1)
+        reply = self._ask("sip", "prefix", point, shared_first=len(found.prefix) % 2 == 0)
         found.prefix.append(PrefixSample(sum(reply["shared"].values()), sum(reply["unshared"].values())))
 
     def _step(self, name: str, point: Point, steps: int) -> Sample:
         self._others.cores()
-        reply = self._ask(name, "step", point, steps)
+        reply = self._ask(name, "step", point, steps=steps)
         return Sample(reply["seconds"], reply["parts"], reply["memory_gib"], self._others.cores())
 
-    def _ask(self, name: str, kind: str, point: Point, steps: int) -> Reply:
-        order = {"kind": kind, "point": asdict(point), "first_step": self._number, "steps": steps}
-        return self._arms[name].ask(order)
+    def _ask(self, name: str, kind: str, point: Point, **further: int) -> Reply:
+        return self._arms[name].ask({"kind": kind, "point": asdict(point), "first_step": self._number, **further})
 
 
 def _seconds(found: _Found) -> str:

@@ -34,6 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="hf: the same step with transformers; unshared: reference and train with two rows a pair",
     )
     parser.add_argument("--judge-seconds", type=amount, default=0.0, help="time of a scripted judge (default: none)")
+    parser.add_argument("--judge-lag", type=int, choices=(0, 1), default=0, help="of our arm (default: 0)")
     parser.add_argument("--repeats", type=one, default=3, help="times that all arms are run in turn (default: 3)")
     parser.add_argument("--steps", type=one, default=1, help="steps in a row of one measurement (default: 1)")
     parser.add_argument("--no-save", action="store_true", help="do not time a checkpoint besides")
@@ -112,6 +113,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         pipeline=pipeline,
         sequence_parallel=options.sequence_parallel,
         shared_prefix=options.shared_prefix == "on",
+        judge_lag=options.judge_lag,
         micro_batch_size=options.micro_batch_size,
         rollout_batch_size=options.rollout_batch_size,
         hf_micro_batch_size=options.hf_micro_batch_size,

@@ -41,6 +41,8 @@ from megatron_sip.parallel import world as world_module
 from megatron_sip.parallel.leader import Leader
 from megatron_sip.preference.collate import collate
 from megatron_sip.training.faults import Boundaries, start_watch
+from megatron_sip.training.overlap import Overlap, lag_of
+from megatron_sip.training.preferences import BegunBatch, PreferenceMaker
 from megatron_sip.types import Candidate, CandidateKind, Cut, Pair, PreferenceBatch
 from tools.bench.arm import Line, Order, Reply, mean_of
 from tools.bench.matmul import synchronize
@@ -74,7 +76,7 @@ def config_of(spec: Spec, point: Point) -> Config:
             seed=spec.seed,
         ),
         rollout=RolloutConfig(num_rollouts=point.rollouts, rollout_batch_size=spec.rollout_batch_size),
-        judge=JudgeConfig(quality_weight=0.0, classifier_weight=1.0),
+        judge=JudgeConfig(quality_weight=0.0, classifier_weight=1.0, judge_lag=spec.judge_lag),
         checkpoint=CheckpointConfig(save=spec.save, keep_last_n=1),
     )
 
@@ -130,7 +132,6 @@ class SipStep:
     def use(self, point: Point, shared_prefix: bool | None = None) -> None:
         """Be ready for steps of this size."""
         from megatron_sip.rollout.megatron import MegatronEngine
-        from megatron_sip.training.preferences import PreferenceMaker
 
         config = config_of(self.spec, point)
         if shared_prefix is not None:
@@ -148,12 +149,17 @@ class SipStep:
             config, self.world, self.leader, self.boundaries, self.tokenizer, engine, self.services
         )
 
-    def step(self, point: Point, number: int) -> Reply:
+    def begin(self, point: Point, number: int) -> BegunBatch:
+        """The rollouts of a step, and its questions on their way."""
+        return self.maker.begin(random_cuts(point, self.vocab_size, number, self.spec.seed), number)
+
+    def step(self, point: Point, number: int, overlap: Overlap[BegunBatch]) -> Reply:
         """One whole step as the loop makes it, and the seconds of its parts."""
-        cuts = random_cuts(point, self.vocab_size, number, self.spec.seed)
         synchronize()
         started = time.perf_counter()
-        preferences = self.maker.make(cuts, number)
+        for coming in overlap.due(number):
+            overlap.add(coming, self.begin(point, coming))
+        preferences = self.maker.finish(overlap.take(number))
         parts = {name: preferences.seconds[name] for name in ("rollout", "judge_wait")}
         parts |= self.train(preferences.batch)
         seconds = time.perf_counter() - started
@@ -161,8 +167,16 @@ class SipStep:
         return {"seconds": seconds, "parts": parts, "memory_gib": self.peak_memory()}
 
     def steps(self, point: Point, first: int, count: int) -> list[Reply]:
-        """So many steps in a row."""
-        return [self.step(point, first + index) for index in range(count)]
+        """So many steps in a row.
+
+        With a judge lag one more step goes before them, which is not timed: the judge shall be at work on the first
+        of them as it is on those behind it.
+        """
+        lag = lag_of(self.trainer.config)
+        overlap: Overlap[BegunBatch] = Overlap(lag, first + count + lag)
+        replies = [self.step(point, number, overlap) for number in range(first - lag, first + count)]
+        overlap.forget()
+        return replies[lag:]
 
     def train(self, batch: PreferenceBatch) -> dict[str, float]:
         """Reference, forward and backward, and update on one batch; seconds of each.
@@ -181,13 +195,12 @@ class SipStep:
         began, _, reference, train, updated = marks.times
         return {"reference": reference - began, "train": train - reference, "optimizer": updated - train}
 
-    def compare_prefix(self, point: Point, number: int) -> Reply:
+    def compare_prefix(self, point: Point, number: int, shared_first: bool) -> Reply:
         """Seconds of reference and training on the same pairs with the prefix shared, and with two rows a pair."""
         multiple = self.spec.tensor if self.spec.sequence_parallel else 1
         batch = pairs_of(random_cuts(point, self.vocab_size, number, self.spec.seed), multiple)
-        order = (True, False) if number % 2 else (False, True)
         reply: Reply = {}
-        for shared in order:
+        for shared in (shared_first, not shared_first):
             self.use(point, shared)
             seconds = self.train(batch)
             reply["shared" if shared else "unshared"] = {name: seconds[name] for name in ("reference", "train")}
@@ -217,7 +230,7 @@ class SipStep:
         """Do what is ordered.
 
         {"kind": "step", "point", "first_step", "steps"}: the mean of so many steps in a row
-        {"kind": "prefix", "point", "first_step"}: `compare_prefix`
+        {"kind": "prefix", "point", "first_step", "shared_first"}: `compare_prefix`
         {"kind": "save", "first_step"}: `save`
         """
         number = order["first_step"]
@@ -226,7 +239,7 @@ class SipStep:
         point = Point(**order["point"])
         self.use(point)
         if order["kind"] == "prefix":
-            return self.compare_prefix(point, number)
+            return self.compare_prefix(point, number, order["shared_first"])
         return mean_of(self.steps(point, number, order["steps"]))
 
     def serve(self, path: str) -> None:

@@ -71,6 +71,7 @@ class Spec:
     pipeline: int = 1
     sequence_parallel: bool = False
     shared_prefix: bool = True
+    judge_lag: int = 0
     micro_batch_size: int | None = 1
     rollout_batch_size: int | None = None
     hf_micro_batch_size: int | None = None
