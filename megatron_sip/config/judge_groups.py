@@ -41,6 +41,8 @@ class JudgeConfig:
     """Ask the quality, safety, factuality and reward judges every this many iterations."""
     likelihood_interval: int = 1
     """Ask the likelihood judge every this many iterations; the classifier is asked in all of them."""
+    judge_lag: int = 0
+    """1: judges score the next batch while the policy trains this one, with rollouts one update older; 0: in turn."""
     judge_reading: Literal["generate", "logit"] = "generate"
     """generate: reason, then a parsed verdict; logit: one constrained token read as a probability."""
     judge_option_order: OptionOrder = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from megatron_sip.checkpoint import dist as dist_checkpoint
@@ -13,8 +13,11 @@ from megatron_sip.checkpoint.writer import CheckpointWriter
 from megatron_sip.config.groups import Config
 from megatron_sip.data.cursor import ranges_of, sample_indices
 from megatron_sip.parallel.leader import Leader
+from megatron_sip.rollout.engine import Rollouts
+from megatron_sip.rollout.pending import PendingBatch
 from megatron_sip.training.assemble import Stream, require_own_model
 from megatron_sip.training.journal import JournalKeeper
+from megatron_sip.training.overlap import lag_of
 from megatron_sip.training.report import Reporter
 from megatron_sip.training.rollback import Recovery
 from megatron_sip.training.step import PolicyTrainer
@@ -57,14 +60,30 @@ class Course:
         """Whether it is time to go back to the last checkpoint."""
         return self._recovery.stuck
 
-    def advance(self, skipped: str, samples: int) -> None:
-        """Count a finished step that took this many samples; `skipped` is that of its `StepResult`."""
+    def written(self, iteration: int, samples: Sequence[int]) -> Rollouts | None:
+        """The rollouts that a checkpoint brought for `iteration`, of this rank's share of its batch.
+
+        They are by weights that are gone. None without lag, and where the batch is another now, after a rollback or at
+        another batch size: then all of it is to be written anew, on all ranks.
+        """
+        now = self.progress
+        if now.pending is None or iteration != now.iteration or not lag_of(self._config):
+            return None
+        batch = sample_indices(now.consumed_samples, self._config.training.global_batch_size, now.jumped)
+        return now.pending.of(samples) if now.pending.holds(batch) else None
+
+    def advance(self, skipped: str, samples: int, pending: PendingBatch | None = None) -> None:
+        """Count a finished step that took this many samples; `skipped` is that of its `StepResult`.
+
+        `pending` are the rollouts of the next batch, where they are written already.
+        """
         now = self.progress
         taken = sample_indices(now.consumed_samples, samples, now.jumped)
         self._recovery.observe(now.iteration + 1, skipped, ranges_of(taken))
         consumed = now.consumed_samples + samples
         stream = self._stream.state_dict(consumed)
-        self.progress = Progress(now.iteration + 1, consumed, stream, now.jumped, self._trainer.recent_losses)
+        losses = self._trainer.recent_losses
+        self.progress = Progress(now.iteration + 1, consumed, stream, now.jumped, losses, pending)
         if self._recovery.calm:
             self._calm = self.progress
         self._follow(self._writer.poll)

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sip.checkpoint.latest import checkpoint_folder
 from megatron_sip.checkpoint.progress import Progress
-from megatron_sip.config.groups import CheckpointConfig, Config, TrainingConfig
+from megatron_sip.config.groups import CheckpointConfig, Config, JudgeConfig, TrainingConfig
+from megatron_sip.data.cursor import Ranges
 from megatron_sip.errors import CheckpointError, DataError, SipError
+from megatron_sip.rollout.engine import Rollouts
+from megatron_sip.rollout.pending import PendingBatch
 from megatron_sip.training import course as course_module
 from megatron_sip.training.course import Course
 
@@ -48,7 +52,12 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A course of 12 iterations that saves every fourth and goes back after two bad steps."""
 
     def make_course(
-        store: Store, begin: Progress = BEGIN, load: str | None = None, behind: tuple[int, ...] = (), **training: int
+        store: Store,
+        begin: Progress = BEGIN,
+        load: str | None = None,
+        behind: tuple[int, ...] = (),
+        judge_lag: int = 0,
+        **training: int,
     ) -> Course:
         def read(folder: Path, *_: object, **__: object) -> Progress:
             return store.saved[int(folder.name.removeprefix("iter_"))]
@@ -64,7 +73,10 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(course_module, "choose", choose)
         monkeypatch.setattr(course_module, "require_own_model", lambda *_: None)
         config = Config(
-            training=TrainingConfig(**{"train_iters": 12, "max_skipped_iterations": 2, **training}),
+            training=TrainingConfig(
+                **{"train_iters": 12, "max_skipped_iterations": 2, "global_batch_size": BATCH, **training}
+            ),
+            judge=JudgeConfig(judge_lag=judge_lag),
             checkpoint=CheckpointConfig(save="saved", save_interval=4, load=load),
         )
         watch = SimpleNamespace(stage=lambda *_: nullcontext(), feed=lambda: None)
@@ -221,6 +233,41 @@ def test_a_rollback_right_before_the_end_leaves_nothing_to_save(make: Any) -> No
     assert not course.ended
     course.finish()
     assert sorted(store.saved) == [4]
+
+
+def rollouts_of(first: int) -> PendingBatch:
+    """The rollouts of a batch, whose tokens tell the sample."""
+    samples = tuple(range(first, first + BATCH))
+    tokens = torch.tensor(samples)[:, None, None].expand(BATCH, 2, 3)
+    return PendingBatch(samples, Rollouts(tokens, torch.full((BATCH, 2), 3)))
+
+
+def test_rollouts_that_wait_are_saved_with_the_step_before_them(make: Any) -> None:
+    store = Store()
+    course = make(store, judge_lag=1)
+    for iteration in range(6):
+        course.advance("" if iteration < 5 else "non_finite", BATCH, rollouts_of(BATCH * (iteration + 1)))
+        course.save_if_due()
+    course.finish()
+    # The step under way is bad, so the state is that before it, with the batch that it will train again.
+    assert {at: progress.pending.samples[0] for at, progress in store.saved.items()} == {4: 16, 5: 20}
+
+
+def test_rollouts_of_a_checkpoint_are_for_its_next_batch_alone(make: Any) -> None:
+    def begun(course: Course, jumped: Ranges = ()) -> Course:
+        course.progress = Progress(4, 16, {}, jumped, pending=rollouts_of(16))
+        return course
+
+    course = begun(make(Store(), judge_lag=1))
+    found = course.written(4, [18, 19])
+    assert found is not None
+    assert found.tokens[:, 0, 0].tolist() == [18, 19]
+    assert course.written(5, [18, 19]) is None
+    # One sample of the batch was jumped over since, or the batch is larger: on no rank any of it is taken.
+    assert begun(course, jumped=((17, 18),)).written(4, [18, 19]) is None
+    assert begun(make(Store(), judge_lag=1, global_batch_size=8)).written(4, [18, 19]) is None
+    assert begun(make(Store(), judge_lag=1, global_batch_size=2)).written(4, [16, 17]) is not None
+    assert begun(make(Store(), judge_lag=0)).written(4, [18, 19]) is None
 
 
 def test_without_a_checkpoint_it_ends(make: Any) -> None:
