@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_sip.model.attention import shared_prefix_attention
@@ -34,7 +36,8 @@ class DecodeCache:
     `prefixes * num_rollouts` only pad to a multiple of the TP size.
 
     The keys of a prefix are kept once: the queries of its K rows meet them as one matmul, and their own
-    suffix keys in a second one; one softmax runs over both. Key and value heads are never repeated.
+    suffix keys in a second one. Each part has a softmax of its own, and their sums join them, so that no
+    score is copied. Key and value heads are never repeated.
     """
 
     def __init__(self, prefill: PrefillCache, num_rollouts: int, max_new_tokens: int) -> None:
@@ -49,8 +52,7 @@ class DecodeCache:
             shape = (prefixes * num_rollouts, kv_heads, max_new_tokens, dim)
             self.suffix[layer] = (key.new_empty(shape), value.new_empty(shape))
             device = key.device
-        beyond = torch.arange(width)[None, :] >= lengths[:, None]
-        self.beyond_prefix = beyond.to(device)[:, None, None, :]
+        self.bias = _bias_of(lengths, width, kv_heads, device)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -63,20 +65,49 @@ class DecodeCache:
         group = query.shape[2] // kv_heads
         suffix_key[:, :, self.step], suffix_value[:, :, self.step] = key[:rows, 0], value[:rows, 0]
         length = self.step + 1
+        rollouts = self.num_rollouts
         own = query[:rows, 0].reshape(rows, kv_heads, group, dim)
-        # [prefixes, kv_heads, num_rollouts * group, dim]: all rows of a prefix meet its keys together.
-        shared = own.view(prefixes, self.num_rollouts, kv_heads, group, dim).transpose(1, 2)
-        shared = shared.reshape(prefixes, kv_heads, self.num_rollouts * group, dim)
-        to_prefix = (shared @ prefix_key.transpose(-1, -2)).float() * scale
-        to_prefix = to_prefix.masked_fill(self.beyond_prefix, float("-inf"))
-        to_prefix = to_prefix.view(prefixes, kv_heads, self.num_rollouts, group, width).transpose(1, 2)
-        to_suffix = (own @ suffix_key[:, :, :length].transpose(-1, -2)).float() * scale
-        scores = torch.cat([to_prefix.reshape(rows, kv_heads, group, width), to_suffix], dim=-1)
-        weights = torch.softmax(scores, dim=-1).to(query.dtype)
-        from_suffix = weights[..., width:] @ suffix_value[:, :, :length]
-        on_prefix = weights[..., :width].view(prefixes, self.num_rollouts, kv_heads, group, width).transpose(1, 2)
-        on_prefix = on_prefix.reshape(prefixes, kv_heads, self.num_rollouts * group, width)
-        from_prefix = (on_prefix @ prefix_value).view(prefixes, kv_heads, self.num_rollouts, group, dim).transpose(1, 2)
-        out = (from_prefix.reshape(rows, kv_heads, group, dim) + from_suffix).reshape(rows, 1, -1)
+        # [prefixes * kv_heads, rollouts * group, dim]: all rows of a prefix meet its keys together.
+        shared = own.view(prefixes, rollouts, kv_heads, group, dim).transpose(1, 2)
+        shared = shared.reshape(prefixes * kv_heads, rollouts * group, dim)
+        keys, values = (tensor.view(prefixes * kv_heads, width, dim) for tensor in (prefix_key, prefix_value))
+        bias, beta = (shared.new_zeros(1), 0) if self.bias is None else (self.bias.to(shared.dtype), 1)
+        on_prefix = _weighted(torch.baddbmm(bias, shared, keys.transpose(1, 2), beta=beta, alpha=scale), values)
+        scores = own @ suffix_key[:, :, :length].transpose(-1, -2) * scale
+        on_suffix = _weighted(scores, suffix_value[:, :, :length])
+        # Views in the order of the rows: [prefixes, rollouts, kv_heads, group, ...]
+        out = _joined(
+            [part.view(prefixes, kv_heads, rollouts, group, -1).transpose(1, 2) for part in on_prefix],
+            [part.view(prefixes, rollouts, kv_heads, group, -1) for part in on_suffix],
+        )
+        out = out.to(query.dtype).reshape(rows, 1, -1)
         padding = query.shape[0] - rows
         return out if padding == 0 else torch.cat([out, out.new_zeros(padding, 1, out.shape[-1])])
+
+
+_Part = Sequence[torch.Tensor]
+"""Of a softmax over some keys: values weighted by exp(score - peak), the sum of these weights, and the peak."""
+
+
+def _bias_of(lengths: torch.Tensor, width: int, kv_heads: int, device: torch.device | None) -> torch.Tensor | None:
+    """`[prefixes * kv_heads, 1, width]` fp32, -inf behind the end of each prefix; None where all are equally long."""
+    beyond = torch.arange(width)[None, :] >= lengths[:, None]
+    if not bool(beyond.any()):
+        return None
+    bias = torch.zeros(beyond.shape).masked_fill(beyond, float("-inf"))
+    return bias.repeat_interleave(kv_heads, dim=0)[:, None].to(device)
+
+
+def _weighted(scores: torch.Tensor, value: torch.Tensor) -> _Part:
+    """The part of a softmax over the keys of `scores` `[..., n]`, which may be overwritten; sums are fp32."""
+    scores = scores.float()
+    peak = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(peak).exp_()
+    return [weights.to(value.dtype) @ value, weights.sum(-1, keepdim=True), peak]
+
+
+def _joined(first: _Part, second: _Part) -> torch.Tensor:
+    """The softmax over the keys of both parts, in fp32."""
+    peak = torch.maximum(first[2], second[2])
+    a, b = (first[2] - peak).exp_(), (second[2] - peak).exp_()
+    return (first[0] * a + second[0] * b) / (first[1] * a + second[1] * b)
