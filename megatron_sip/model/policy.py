@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class PolicyModel(GPTModel):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | RolloutCache,
         sources: tuple[torch.Tensor, torch.Tensor] | None = None,
+        through: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Run this stage.
 
@@ -56,14 +58,16 @@ class PolicyModel(GPTModel):
         position_ids    [batch, seq] int64
         attention_mask  row layout [batch, 3], or a rollout cache
         sources         (row, position), each [n]: where logits are wanted; None wants none
+        through         what runs the layers, from (hidden, angles, attention_mask); None: megatron-core
         returns         last stage: logits [n, padded_vocab / tp], padding masked; other stages: hidden
                         states [seq (/ tp with sequence parallel), batch, hidden]
         """
-        hidden = self.decoder(
-            hidden_states=self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None,
-            attention_mask=attention_mask,
-            rotary_pos_emb=self.rotary_pos_emb(position_ids),
-        )
+        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        angles = self.rotary_pos_emb(position_ids)
+        if through is None:
+            hidden = self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=angles)
+        else:
+            hidden = through(self.decoder.input_tensor if embedded is None else embedded, angles, attention_mask)
         if not self.post_process:
             return hidden
         if sources is None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
+from megatron_sip.model.decode import DecodeStage
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.cache import DecodeCache, PrefillCache
@@ -43,6 +44,7 @@ class MegatronEngine:
         self.wave = wave
         self.at_boundary = at_boundary
         self.multiple = world.tp_size if policy.config.sequence_parallel else 1
+        self.decode_stage = DecodeStage(policy) if DecodeStage.fits(policy) else None
 
     def generate(
         self,
@@ -140,7 +142,8 @@ class MegatronEngine:
             dist.recv(hidden, group=world.pp_group, group_src=world.pp_rank - 1)
             self.policy.set_input_tensor(hidden)
         to_device = (sources[0].to(device), sources[1].to(device))
-        out = self.policy(ids.to(device), positions.to(device), cache, to_device)
+        through = self.decode_stage.hidden if self.decode_stage and isinstance(cache, DecodeCache) else None
+        out = self.policy(ids.to(device), positions.to(device), cache, to_device, through)
         if not world.last_stage:
             dist.send(out.contiguous(), group=world.pp_group, group_dst=world.pp_rank + 1)
             return None

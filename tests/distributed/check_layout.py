@@ -183,6 +183,9 @@ class LayoutCheck:
             assert torch.equal(ending.lengths[~stop], torch.full_like(ending.lengths[~stop], oracle.NEW_TOKENS))
         else:
             self.same_samples(rollouts.tokens, torch.load(samples_file)[self.indices], sampled)
+        assert (engine.decode_stage is None) == self.policy.config.sequence_parallel
+        engine.decode_stage = None  # megatron-core runs the layers
+        self.same_samples(engine.generate(prefixes, self.indices, sampled).tokens, rollouts.tokens, sampled)
 
     def same_samples(self, tokens: torch.Tensor, wanted: torch.Tensor, sampling: Sampling) -> None:
         """Equal to those of one process, except where a first difference lies at a boundary (architecture.md)."""
