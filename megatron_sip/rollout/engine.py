@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -30,10 +30,12 @@ class Rollouts:
 
     tokens   [prefixes, num_rollouts, max_new_tokens] int64 on the host; 0 behind a row's length
     lengths  [prefixes, num_rollouts] int64; the EOD that ends a row counts
+    metrics  what the engine measured, as (sum, count) by a name of `metrics/names.py`
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def row(self, prefix: int, rollout: int) -> tuple[int, ...]:
         """The tokens of one continuation."""
@@ -49,4 +51,8 @@ class RolloutEngine(Protocol):
         Called by all ranks of a model-parallel group with the same arguments; all get the same result.
         The randomness of a row depends on (seed, sample index, rollout, position) alone.
         """
+        ...
+
+    def close(self) -> None:
+        """Leave nothing running and nothing behind."""
         ...

@@ -82,6 +82,10 @@ class BatchMaker(Protocol):
         """Drop what was prefetched: the iterations to come are about other cuts."""
         ...
 
+    def close(self) -> None:
+        """Leave nothing running."""
+        ...
+
 
 class NextTokenMaker:
     """Plain pretraining: every cut is one row of next-token prediction."""
@@ -98,6 +102,9 @@ class NextTokenMaker:
 
     def forget(self) -> None:
         """Nothing was asked of anybody."""
+
+    def close(self) -> None:
+        """Nothing is running."""
 
 
 class PreferenceMaker:
@@ -171,7 +178,11 @@ class PreferenceMaker:
             pools=pools,
             scores=scores,
             pairs=pairs,
-            metrics={**self._metrics(pools, scores, pairs, absent), **verdicts},
+            metrics={
+                **self._metrics(pools, scores, pairs, absent),
+                **verdicts,
+                **(rollouts.metrics if rollouts and self.services else {}),
+            },
             seconds={
                 "rollout": rolled - started,
                 "rewrite_wait": rewritten - rolled,
@@ -189,6 +200,10 @@ class PreferenceMaker:
         for future in self._rewrites.values():
             future.cancel()
         self._rewrites.clear()
+
+    def close(self) -> None:
+        """Close the rollout engine; the services belong to others."""
+        self.engine.close()
 
     def _metrics(
         self,

@@ -1,0 +1,88 @@
+"""Rollouts on a server: at three layouts as the policy's own engine, and in true steps of the method.
+
+The server is a Llama in transformers behind vLLM's routes; `tests/integration/test_vllm_rollouts.py` has the real one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Command, run_commands
+from fake_rollouts import FakeRolloutServer, make_llama
+from forks import run_checks
+from tiny_corpus import make_corpus
+from tiny_run import DATA, TRAINING
+
+LAYOUTS = {
+    "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "pp2": "--pipeline-model-parallel-size 2",
+    "dp2": "",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hf`, a random Llama, and a corpus."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    make_corpus(folder / "data")
+    make_llama(folder / "hf")
+    return folder
+
+
+def flags(root: Path, *urls: str) -> list[str]:
+    """Of a run on that corpus that starts with that Llama."""
+    own = ["--load", str(root / "hf"), "--data-path", str(root / "data" / "corpus_text_document")]
+    own += ["--tokenizer-model", str(root / "data" / "tokenizer"), *DATA, *TRAINING, "--rollout-engine", "vllm"]
+    return [*own, "--rollout-url", *urls, "--rollout-weights-dir", str(root / "weights")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_engines_write_the_same(root: Path, layout: str) -> None:
+    with FakeRolloutServer(root / "hf") as server:
+        run_checks("check_rollout_server.py", 2, *flags(root, server.url), *LAYOUTS[layout].split())
+        assert len(set(server.checksums)) == 3, "three different weights were there"
+    assert list((root / "weights").iterdir()) == []
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_steps_of_the_method(root: Path, tmp_path: Path) -> None:
+    """Greedy rollouts of the policy by itself and by two servers train alike; a stale server is left out, and told."""
+    greedy = "--temperature 0 --num-rollouts 1 --train-iters 3 --lr 1e-2 --tensor-model-parallel-size 2".split()
+    with FakeRolloutServer(root / "hf") as one, FakeRolloutServer(root / "hf") as two:
+        two.ignores_reloads = True
+        commands = []
+        for name, engine in (("megatron", "megatron"), ("vllm", "vllm")):
+            own = flags(root, one.url, two.url)
+            if engine == "megatron":
+                own = own[: own.index("--rollout-engine")]
+            out = ["--metrics-file", str(tmp_path / f"{name}.jsonl"), "--sample-log", str(tmp_path / f"{name}-s.jsonl")]
+            commands.append(Command(name, [*own, *greedy, *out], str(tmp_path / "none")))
+        stale = [*flags(root, two.url), *greedy]
+        commands.append(Command("stale", stale, str(tmp_path / "none")))
+        outcomes = run_commands(commands, 2, tmp_path / "cases")
+        assert len(set(one.checksums)) == 3
+        assert one.version.endswith("-3")
+        assert {path for path, body in two.requests if body.get("n")} == set(), "nothing was asked of the stale one"
+    for name in ("megatron", "vllm"):
+        assert [rank.status for rank in outcomes[name]] == [0, 0], outcomes[name][0].stdout + outcomes[name][0].stderr
+    said = outcomes["vllm"][0].stdout
+    assert said.count("is not used: it has not the new weights") == 1
+    mine, served = (lines_of(tmp_path / f"{name}-s.jsonl") for name in ("megatron", "vllm"))
+    assert [record["candidates"] for record in served] == [record["candidates"] for record in mine]
+    steps = lines_of(tmp_path / "vllm.jsonl")
+    for step, wanted in zip(steps, lines_of(tmp_path / "megatron.jsonl"), strict=True):
+        assert step["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+        assert step["rollout/servers_behind"] == 1
+        assert step["time/rollout_push"] > 0
+        assert step["time/rollout_probe"] > 0
+        assert step["rollout/tokens_per_second"] == pytest.approx(4 * 16 / step["time/rollout_write"], rel=1e-3)
+    assert [rank.status for rank in outcomes["stale"]] == [2, 2]
+    ends = [line for line in outcomes["stale"][0].stderr.splitlines() if "error" in line]
+    assert len(ends) == 1
+    assert "has not the new weights" in ends[0]
