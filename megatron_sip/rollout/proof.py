@@ -101,6 +101,12 @@ class FolderChecksums:
         return None
 
 
+def tensor_name(place: str) -> str:
+    """The tensor of a checksum, without the rank of the server that keeps it."""
+    match = _PLACE.fullmatch(place)
+    return match[2] if match else place
+
+
 def served_part(tensor: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
     """What one tensor parallel rank of a server keeps: all of a norm, padded rows of embedding and LM head.
 

@@ -6,13 +6,16 @@ The routes are those of vLLM 0.32 in development mode (VLLM_SERVER_DEV_MODE=1).
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_sip.checkpoint.hf_config import model_config_from_hf, model_differences
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.errors import CheckpointError, ServiceError
 from megatron_sip.rollout.address import require_private
@@ -24,6 +27,7 @@ from megatron_sip.rollout.proof import (
     Weights,
     probe_fault,
     stale_fault,
+    tensor_name,
 )
 from megatron_sip.rollout.requests import probe_body, probe_logprobs
 from megatron_sip.services.client import ServiceClient
@@ -96,24 +100,39 @@ class RolloutServer:
             )
         try:
             await self._version()
-            self._require_same_model(await self._answer(self.client.get("/server_info?config_format=json", True)))
+            await self._require_same_model(info.root)
         except UnusableError as error:
             raise ServiceError(f"{self.url}: {error}") from error
 
-    def _require_same_model(self, info: Mapping[str, Any]) -> None:
-        """Refuse a server of another architecture, before a reload leaves it with half of the weights."""
-        mine = self._wanted.model
-        theirs = served_sizes(info)
-        wrong = [
-            f"{name} {theirs[name]}, the policy has {value}"
-            for name, value in policy_sizes(mine).items()
-            if name in theirs and theirs[name] != value
-        ]
+    async def _require_same_model(self, root: str | None) -> None:
+        """Refuse a server of another architecture, which a reload would leave with half of the weights.
+
+        By its own config.json where that can be seen from here; by the names of its tensors; by its vocabulary.
+        """
+        wrong = differing_config(root, self._wanted.model)
+        if not wrong and self._wanted.checksums:
+            names = {tensor_name(place) for place in await self._checksums()}
+            odd = sorted(names ^ served_names(self._wanted.model))
+            wrong = [f"{odd[0]} is in one of the two only"] if odd else []
+        if not wrong:
+            wrong = await self._vocabulary_fault()
         if wrong:
             raise ServiceError(
                 f"{self.url} serves another model than the policy: {'; '.join(wrong)}; start it on a folder with the "
                 "policy's config.json, such as that of --load"
             )
+
+    async def _vocabulary_fault(self) -> list[str]:
+        """What is wrong with the server's vocabulary; it names its size where a request speaks of an id beyond."""
+        size = self._wanted.model.vocab_size
+        body = {"model": self._model, "prompt": [0], "max_tokens": 1, "logit_bias": {str(size): 0.0}}
+        answer = await self.client.post("/completions", body)
+        if not isinstance(answer, Missing):
+            return [f"its vocabulary is larger than the policy's {size}"]
+        told = re.search(r"Vocabulary size: (\d+)", answer.detail)
+        if told is None:
+            raise UnusableError(f"it does not tell its vocabulary ({answer.detail}); it must be vLLM")
+        return [] if int(told[1]) == size else [f"its vocabulary has {told[1]} tokens, the policy's {size}"]
 
     async def push(self, weights: Weights, checksums: FolderChecksums) -> PushTimes:
         """Let the server load the weights, prove it, and give them their name there.
@@ -150,8 +169,8 @@ class RolloutServer:
                 raise UnusableError(f"the weights could not be sent ({answer.detail})", passing=True)
             raise UnusableError(
                 f"it could not load the weights in {weights.folder} ({answer.detail}); it must see that folder under "
-                "the same path (--rollout-weights-dir), see its log for the reason, and start it anew: a reload that "
-                "failed leaves it without whole weights"
+                "the same path (--rollout-weights-dir). Its log has the reason; it is without whole weights until a "
+                "reload succeeds or it is started anew"
             )
 
     async def _empty_cache(self) -> None:
@@ -180,10 +199,7 @@ class RolloutServer:
         self._before = probe, served
 
     async def _compare(self, checksums: FolderChecksums) -> frozenset[torch.dtype]:
-        answer = await self._answer(self.client.post("/weight_checker", {"action": "checksum"}, at_root=True))
-        shown = answer.get("checksums")
-        if not isinstance(shown, dict):
-            raise UnusableError("it shows no checksums of its weights; say --rollout-proof logprobs")
+        shown = await self._checksums()
         try:
             seen = await asyncio.to_thread(checksums.compare, shown)
         except CheckpointError as error:
@@ -196,6 +212,14 @@ class RolloutServer:
         if not seen.same:
             raise UnusableError("its checksums name no tensor of the policy; say --rollout-proof logprobs")
         return seen.dtypes
+
+    async def _checksums(self) -> dict[str, str]:
+        """The checksum of each of the server's tensors, by the place and name that vLLM gives it."""
+        answer = await self._answer(self.client.post("/weight_checker", {"action": "checksum"}, at_root=True))
+        shown = answer.get("checksums")
+        if not isinstance(shown, dict):
+            raise UnusableError("it shows no checksums of its weights; say --rollout-proof logprobs")
+        return shown
 
     async def _answer(self, call: Any) -> dict[str, Any]:
         """What a route answers.
@@ -215,21 +239,20 @@ def _is_away(missing: Missing) -> bool:
     return missing.reason in (MissingReason.CONNECTION, MissingReason.TIMEOUT) or missing.detail.startswith("503")
 
 
-def policy_sizes(model: ModelConfig) -> dict[str, int | None]:
-    """The sizes that a server must have, by their names in a Hugging Face config.json."""
-    return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "vocab_size": model.vocab_size,
-    }
+def differing_config(root: str | None, model: ModelConfig) -> list[str]:
+    """Where the config.json of the server's own folder contradicts the policy; nothing where it cannot be seen here."""
+    if root is None or not (Path(root) / "config.json").is_file():
+        return []
+    try:
+        return model_differences(model_config_from_hf(root), model, f"{root}/config.json")
+    except CheckpointError as error:
+        return [str(error)]
 
 
-def served_sizes(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What vLLM's /server_info tells of the model, by the names of config.json; empty where it tells nothing."""
-    found: Any = info
-    for key in ("vllm_config", "model_config", "hf_config"):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return dict(found) if isinstance(found, Mapping) else {}
+def served_names(model: ModelConfig) -> frozenset[str]:
+    """The names of a Llama's tensors in vLLM, which fuses q, k, v and gate, up."""
+    inner = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    parts = (*inner, "input_layernorm", "post_attention_layernorm")
+    names = {f"model.layers.{layer}.{part}.weight" for layer in range(model.num_layers or 0) for part in parts}
+    head = {"lm_head.weight"} if model.untie_embeddings_and_output_weights else set()
+    return frozenset({"model.embed_tokens.weight", "model.norm.weight", *names, *head})

@@ -17,6 +17,8 @@ from forks import run_checks
 from tiny_corpus import make_corpus
 from tiny_run import DATA, TRAINING
 
+from megatron_sip.ports import free_port
+
 pytestmark = [pytest.mark.server, pytest.mark.nightly]  # a server of its own takes half a minute to start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,8 +72,9 @@ def checksums(url: str) -> dict[str, str]:
 
 def test_both_engines_write_the_same(root: Path, url: str) -> None:
     before = checksums(url)
-    said = run_checks(str(CHECK), 2, *flags(root, url), "--sequence-parallel", timeout=500)
-    print(said)
+    cases = [{"argv": [*flags(root, url), "--sequence-parallel"], "port": free_port()}]
+    (root / "cases.json").write_text(json.dumps(cases))
+    print(run_checks(str(CHECK), 2, str(root / "cases.json"), timeout=500))
     after = checksums(url)
     moved = [name for name in before if before[name] != after[name]]
     assert any(name.endswith("embed_tokens.weight") for name in moved)

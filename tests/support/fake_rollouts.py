@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from aiohttp import web
-from fake_server import FakeServer
+from fake_server import FakeServer, respond
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,15 +54,18 @@ def logprobs_of(model: LlamaForCausalLM, tokens: list[int]) -> list[float]:
 
 
 class FakeRolloutServer(FakeServer):
-    """A server whose own folder is `folder`, where `restart` goes back to.
+    """A server whose own folder is `folder`, where `restart` goes back to, and which it tells with `root`.
 
     `ignores_reloads` answers well and keeps its weights; `forgets_some` loads all but the embedding; `twist` is done to
     every continuation; `reloads` are the folders it was told to load, `checksums` the embedding's after each.
     """
 
-    def __init__(self, folder: Path, *, development: bool = True, **options: Any) -> None:
+    def __init__(self, folder: Path, *, development: bool = True, root: bool = False, **options: Any) -> None:
         super().__init__(models=("policy",), **{"max_model_len": 128, **options})
         self.folder = folder
+        if root:
+            entry = {"id": "policy", "object": "model", "max_model_len": self.max_model_len, "root": str(folder)}
+            self.models_handler = respond({"object": "list", "data": [entry]})
         self.development = development
         self.ignores_reloads = self.forgets_some = False
         self.cache_resets = 0
@@ -80,7 +84,6 @@ class FakeRolloutServer(FakeServer):
     def add_routes(self, app: web.Application) -> None:
         if self.development:
             app.router.add_get("/weight_info", self._weight_info)
-            app.router.add_get("/server_info", self._server_info)
             app.router.add_post("/collective_rpc", self._scripted(self._reload))
             app.router.add_post("/reset_prefix_cache", self._scripted(self._reset))
             app.router.add_post("/weight_checker", self._scripted(self._check))
@@ -88,9 +91,6 @@ class FakeRolloutServer(FakeServer):
 
     async def _weight_info(self, _request: web.Request) -> web.StreamResponse:
         return web.json_response({"weight_version": self.version})
-
-    async def _server_info(self, _request: web.Request) -> web.StreamResponse:
-        return web.json_response({"vllm_config": {"model_config": {"hf_config": self.model.config.to_dict()}}})
 
     async def _reload(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -122,7 +122,8 @@ class FakeRolloutServer(FakeServer):
                 part = tensor
             elif name in ("model.embed_tokens.weight", "lm_head.weight"):
                 part = torch.cat([tensor, tensor.new_zeros(-len(tensor) % 64, tensor.shape[1])])
-            shown[f"dp0:pp0:pcp0:tp0:{name}"] = hashlib.sha256(part.numpy().tobytes()).hexdigest()
+            fused = re.sub(r"[qkv]_proj", "qkv_proj", re.sub(r"(gate|up)_proj", "gate_up_proj", name))
+            shown[f"dp0:pp0:pcp0:tp0:{fused}"] = hashlib.sha256(part.numpy().tobytes()).hexdigest()
         return shown
 
     async def _name(self, request: web.Request) -> web.StreamResponse:
@@ -132,6 +133,10 @@ class FakeRolloutServer(FakeServer):
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         prompt = body["prompt"]
+        vocab_size = self.model.config.vocab_size
+        if any(int(token) >= vocab_size for token in body.get("logit_bias", {})):
+            told = f"out-of-vocab token ids. Vocabulary size: {vocab_size}"
+            return web.json_response({"error": {"message": told, "code": 400}}, status=400)
         if "prompt_logprobs" in body:
             rows: list[Any] = [None]
             rows += [
@@ -140,30 +145,32 @@ class FakeRolloutServer(FakeServer):
             ]
             return web.json_response({"choices": [{"index": 0, "text": "", "prompt_logprobs": rows}]})
         choices = []
-        for index in range(body["n"]):
-            tokens = self.twist(self._continue(prompt, body, body["seed"] + index))
+        for index in range(body.get("n", 1)):
+            tokens = self.twist(written_by(self.model, prompt, body, body.get("seed", 0) + index))
             finish = "length" if len(tokens) == body["max_tokens"] else "stop"
             choice = {"index": index, "text": "", "token_ids": tokens, "prompt_token_ids": prompt}
             choices.append({**choice, "finish_reason": finish})
         self.after_completion()
         return web.json_response({"choices": choices[::-1]})  # their order is nobody's promise
 
-    def _continue(self, prompt: list[int], body: dict[str, Any], seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        tokens: list[int] = []
-        while len(tokens) < body["max_tokens"]:
-            with torch.no_grad():
-                logits = self.model(torch.tensor([prompt + tokens])).logits[0, -1].float()
-            for token, bias in body.get("logit_bias", {}).items():
-                logits[int(token)] += bias
-            if body["temperature"] == 0:
-                tokens.append(int(logits.argmax()))
-            else:
-                chances = torch.softmax(logits / body["temperature"], dim=-1)
-                tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
-            if tokens[-1] in body.get("stop_token_ids", []):
-                break
-        return tokens
+
+def written_by(model: LlamaForCausalLM, prompt: list[int], body: dict[str, Any], seed: int) -> list[int]:
+    """The continuation that the server writes by this model."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens: list[int] = []
+    while len(tokens) < body["max_tokens"]:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, -1].float()
+        for token, bias in body.get("logit_bias", {}).items():
+            logits[int(token)] += bias
+        if body.get("temperature", 1.0) == 0:
+            tokens.append(int(logits.argmax()))
+        else:
+            chances = torch.softmax(logits / body.get("temperature", 1.0), dim=-1)
+            tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+        if tokens[-1] in body.get("stop_token_ids", []):
+            break
+    return tokens
 
 
 def changed(folder: Path, target: Path, by: float) -> Path:
