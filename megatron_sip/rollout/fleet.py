@@ -26,7 +26,6 @@ PAUSE_SECONDS = 2.0
 """Between two looks at servers of which none can be used."""
 FRUITLESS_ROUNDS = 3
 """Rounds in a row that bring no answer, though a server says that it is well, before the run is ended."""
-START_SECONDS = 120.0
 
 Rows = list[tuple[int, ...]]
 
@@ -56,7 +55,7 @@ class RolloutFleet:
             ServiceError: one cannot; the message says why and how to mend it.
         """
         self._loop = BackgroundLoop("sip-rollouts")
-        self._loop.submit(self._start()).result(START_SECONDS + self._settings.timeout)
+        self._loop.submit(self._start()).result()  # each call in it has a deadline
 
     async def _start(self) -> None:
         for server in self._servers:
