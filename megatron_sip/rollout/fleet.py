@@ -155,7 +155,7 @@ class RolloutFleet:
                     fruitless = 0 if found else fruitless + 1
                     if fruitless == FRUITLESS_ROUNDS:
                         raise ServiceError(f"the servers of --rollout-url write no rollouts: {fault}")
-                self.waits_for = f"the servers of --rollout-url cannot write ({fault})"
+                self.waits_for = f"no server of --rollout-url writes rollouts ({fault})"
                 await asyncio.sleep(PAUSE_SECONDS)
                 if not await self._holders(version):
                     # A leader that is done would not do it for the others; the same weights twice do no harm.

@@ -6,13 +6,17 @@ The server is a Llama in transformers behind vLLM's routes; `tests/integration/t
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import Command, run_commands
 from fake_rollouts import FakeRolloutServer, make_llama
+from fake_server import hang
 from forks import run_checks
+from test_stopped import DEADLINE, TP2, started, until
 from tiny_corpus import make_corpus
 from tiny_run import DATA, TRAINING
 
@@ -88,3 +92,40 @@ def test_steps_of_the_method(root: Path, tmp_path: Path) -> None:
     ends = [line for line in told.splitlines() if "megatron_sip: error:" in line]
     assert len(ends) == 1
     assert "has not the new weights" in ends[0]
+
+
+@pytest.mark.nightly
+def test_a_run_waits_for_its_rollout_server_and_can_be_stopped_meanwhile(root: Path, tmp_path: Path) -> None:
+    """It goes away, comes back with other weights, gets those of the run again; then it hangs, and the run is told."""
+    saved, log, metrics = tmp_path / "saved", tmp_path / "output.txt", tmp_path / "metrics.jsonl"
+    first = FakeRolloutServer(root / "hf")
+
+    def steps() -> int:
+        return len(lines_of(metrics)) if metrics.exists() else 0
+
+    with first:
+        own = [*flags(root, first.url), *TP2, "--train-iters", "1000", "--lr-decay-iters", "1000"]
+        # The wait is longer than the deadline of its stage, which must not take it for a hang.
+        own += ["--save", str(saved), "--metrics-file", str(metrics), "--stage-timeout", "480", "rollout=10"]
+        with started(log, *own) as run:
+            until(lambda: steps() >= 1, run, "the first step")
+            first.close()
+            until(lambda: "> paused: no server of --rollout-url" in log.read_text(), run, "word of the wait")
+            time.sleep(12)
+            assert run.poll() is None, log.read_text()[-3000:]
+            with FakeRolloutServer(root / "hf", port=first.port) as second:
+                reached = steps()
+                until(lambda: steps() > reached + 1, run, "the steps behind the wait")
+                assert second.version != "default"
+                second.fault_every_time = hang
+                until(lambda: second.in_flight > 0, run, "a call that hangs")
+                began = time.monotonic()
+                run.send_signal(signal.SIGTERM)
+                run.wait(DEADLINE)
+                took = time.monotonic() - began
+    said = log.read_text()
+    whole = lines_of(metrics)[-1]["iteration"]
+    assert f"stopping after iteration {whole}: SIGTERM; the step in stage rollout of iteration {whole + 1} (" in said
+    assert (saved / "latest_checkpointed_iteration.txt").read_text().split() == [str(whole)]
+    assert took < 20
+    assert list((root / "weights").iterdir()) == [], "the weights that were sent are gone"
