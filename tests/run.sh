@@ -50,11 +50,12 @@ stage() {
     fi
 }
 
-# tests FOLDER MARKERS : pytest over one folder; its closing line is kept for the sum.
+# tests FOLDER MARKERS [ARGUMENT...] : pytest over one folder; its closing line is kept for the sum.
 tests() {
-    local status=0 log=$LOGS/output
-    "$VENV/bin/python" -m pytest "tests/$1" -m "$2" "${PYTEST_ARGS[@]}" 2>&1 | tee "$log" || status=$?
-    ((status != 5)) || echo "no test was collected in tests/$1 for '$2'; that counts as a failure"
+    local status=0 log=$LOGS/output folder=$1 markers=$2
+    shift 2
+    "$VENV/bin/python" -m pytest "tests/$folder" -m "$markers" "$@" "${PYTEST_ARGS[@]}" 2>&1 | tee "$log" || status=$?
+    ((status != 5)) || echo "no test was collected in tests/$folder for '$markers'; that counts as a failure"
     tail -n 1 "$log" >>"$LOGS/closing"
     return "$status"
 }
@@ -93,7 +94,10 @@ if ((!FAST)); then
     stage "ruff format" "$VENV/bin/ruff" format --check .
     stage mypy "$VENV/bin/mypy"
 fi
-stage "unit tests" tests unit "not nightly"
+# A file of tests stays with one worker, whose fixtures it shares.
+CORES=$(nproc)
+stage "unit tests" tests unit "not nightly and not alone" --numprocesses $((CORES < 8 ? CORES : 8)) --dist loadfile
+stage "unit tests, alone" tests unit "alone and not nightly"
 if ((!FAST)); then
     stage "distributed tests" tests distributed "not nightly"
     stage "integration tests" tests integration "not nightly"

@@ -26,14 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from rich.console import Console
 
-from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.groups import Config
 from megatron_sip.config.judge_set import CHAT_KINDS, active_judges
-from megatron_sip.config.numbers import seconds, whole_number
+from megatron_sip.config.numbers import whole_number
 from megatron_sip.config.validate_judges import vote_problems
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.evaluation.arms import Arm, load_policy, parse_arms, write_greedily
 from megatron_sip.evaluation.compare import Comparison, Reader, compare_arms
+from megatron_sip.evaluation.judge_flags import add_judge_flags, judge_of_flags
 from megatron_sip.evaluation.progress import Steps
 from megatron_sip.evaluation.prompts import EvaluationPrefix, held_out_prefixes, unsafe_prefixes
 from megatron_sip.evaluation.report import Report, make_folder, print_report, write_report
@@ -54,13 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--held-out", type=Path, required=True, help="JSONL of held-out documents")
     add("--unsafe", type=Path, help="JSONL of unsafe prefixes; without it safety is not measured")
     add("--classifiers-dir", type=Path, help="folder that holds toxic-bilstm/, as tools/get_demo_data.py makes it")
-    add("--judge-url", nargs="+", required=True, help="base URLs of the judge's servers")
-    add("--judge-model", help="model name on the server (default: the only one)")
-    add("--judge-reading", choices=["logit", "generate"], default="logit", help="how a verdict is read")
-    add("--judge-set", nargs="+", default=[], metavar="NAME.FIELD=VALUE", help="further judges, as in a run")
+    add_judge_flags(parser, judge_set="further judges, as in a run")
     add("--no-likelihood", dest="likelihood", action="store_false", help="leave out each text's likelihood")
-    add("--judge-concurrency", type=whole_number(1), default=32, help="calls in flight")
-    add("--judge-timeout", type=seconds, default=300.0, help="seconds of one call, retries included")
     add("--allow-insecure-judge", action="store_true", help="send a key over plain http to another host")
     add(
         "--trained-with",
@@ -87,14 +83,8 @@ def judge_config(args: argparse.Namespace) -> Config:
     ConfigError for an entry that cannot be read, and for votes on a question that is always answered the same.
     """
     config = Config(
-        judge=JudgeConfig(
-            judge_url=tuple(args.judge_url),
-            judge_model=args.judge_model,
-            judge_reading=args.judge_reading,
-            judge_set=tuple(args.judge_set),
-            judge_concurrency=args.judge_concurrency,
-            judge_timeout=args.judge_timeout,
-            judge_failure="stop",
+        judge=judge_of_flags(
+            args,
             allow_insecure_judge=args.allow_insecure_judge,
             quality_weight=1.0,
             likelihood_weight=1.0 if args.likelihood else 0.0,

@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sip.config.groups import Config, JudgeConfig
-from megatron_sip.config.numbers import seconds, whole_number
+from megatron_sip.config.groups import Config
+from megatron_sip.config.numbers import whole_number
 from megatron_sip.errors import ConfigError, SipError
 from megatron_sip.evaluation.bootstrap import Estimate
 from megatron_sip.evaluation.injection import Injection, duels_of, measure_injection
+from megatron_sip.evaluation.judge_flags import add_judge_flags, judge_of_flags
 from megatron_sip.evaluation.progress import Steps
 from megatron_sip.evaluation.prompts import read_texts
 from megatron_sip.services.hub import PreferenceServices
@@ -37,18 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--documents", type=Path, required=True, help="JSONL of real documents")
-    add("--judge-url", nargs="+", required=True, help="base URLs of the judge's servers")
-    add("--judge-model", help="model name on the server (default: the only one)")
-    add("--judge-reading", choices=["logit", "generate"], default="logit", help="how a verdict is read")
-    add(
-        "--judge-set",
-        nargs="+",
-        default=[],
-        metavar="NAME.FIELD=VALUE",
-        help="settings of the judge quality, as in a run",
-    )
-    add("--judge-concurrency", type=whole_number(1), default=32, help="calls in flight")
-    add("--judge-timeout", type=seconds, default=300.0, help="seconds of one call, retries included")
+    add_judge_flags(parser, judge_set="settings of the judge quality, as in a run")
     add("--num-duels", type=whole_number(3), default=40, help="texts that carry the lines (default %(default)s)")
     add("--prefix-characters", type=whole_number(1), default=500, help="length of a prefix (default %(default)s)")
     add("--suffix-characters", type=whole_number(1), default=400, help="length of a continuation (default %(default)s)")
@@ -78,17 +68,8 @@ def cut_documents(file: Path, count: int, prefix: int, suffix: int) -> list[tupl
 def measure(args: argparse.Namespace) -> Injection:
     """Ask the judge. Raises SipError for what the user can mend."""
     duels = duels_of(cut_documents(args.documents, args.num_duels, args.prefix_characters, args.suffix_characters))
-    judge = JudgeConfig(
-        judge_url=tuple(args.judge_url),
-        judge_model=args.judge_model,
-        judge_reading=args.judge_reading,
-        judge_set=tuple(args.judge_set),
-        judge_concurrency=args.judge_concurrency,
-        judge_timeout=args.judge_timeout,
-        judge_failure="stop",
-    )
     steps = Steps("the judge compares", len(duels))
-    with PreferenceServices(Config(judge=judge)) as services:
+    with PreferenceServices(Config(judge=judge_of_flags(args))) as services:
 
         def ask(pools: Sequence[Pool], questions: Sequence[Sequence[Question]]) -> list[Answers]:
             answers = services.submit_answers(pools, questions).result()

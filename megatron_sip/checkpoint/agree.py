@@ -33,6 +33,13 @@ def attempt(world: World, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def on_main(world: World, value: T) -> list[T] | None:
+    """The values of all ranks in their order, on the main rank; None elsewhere. All ranks call it together."""
+    values = [value] * world.size if world.is_main else None
+    dist.gather_object(value, values, dst=0, group=world.control_group)
+    return values
+
+
 def from_main(world: World, action: Callable[[], T]) -> T:
     """Run `action` on the main rank; every rank gets its result, or its CheckpointError."""
     result = attempt(world, lambda: action() if world.is_main else None)

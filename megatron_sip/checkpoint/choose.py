@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,6 +20,7 @@ def choose(
     on_progress: Callable[[], None] = lambda: None,
     *,
     named: int | None = None,
+    among: Collection[int] | None = None,
 ) -> Path | None:
     """The folder of the newest whole checkpoint under `root`; all ranks call it together and get the same.
 
@@ -29,6 +30,7 @@ def choose(
         say: hears of the damaged ones that were passed over.
         on_progress: called often while files are read, so that the time they take is no hang.
         named: the iteration to begin with; None takes that of the latest file.
+        among: iterations that may be taken, on the main rank; None: all.
 
     Returns:
         None if there is none at all.
@@ -36,7 +38,7 @@ def choose(
     Raises:
         CheckpointError: there are some and none is whole; a newer version wrote one; or it would run code.
     """
-    iterations = from_main(world, lambda: candidates(root, named))
+    iterations = from_main(world, lambda: candidates(root, named, among))
     chosen = newest_whole(root, say, lambda folder: _problem(folder, world, on_progress), iterations)
     return None if chosen is None else checkpoint_folder(root, chosen)
 

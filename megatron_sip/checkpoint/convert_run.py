@@ -22,6 +22,7 @@ from megatron_sip.checkpoint.safetensors_io import DEFAULT_SHARD_BYTES, require_
 from megatron_sip.checkpoint.stream_read import StoredTensors
 from megatron_sip.config.groups import Config, DataConfig, ParallelConfig
 from megatron_sip.errors import CheckpointError
+from megatron_sip.services.journal import FOLDER as JOURNAL
 
 Format = Literal["hf", "mcore"]
 
@@ -128,6 +129,11 @@ def _from_mcore(job: Conversion, progress: Callable[[int, int], None], say: Call
             )
         tp_size = target.parallel.tensor_model_parallel_size
         state = training_state(stored, iteration, source, config.model, shape, tp_size)
+        if (job.load_dir / JOURNAL).is_dir():
+            say(
+                f"the journal of verdicts and rewrites stays behind; copy {job.load_dir / JOURNAL} into {job.save_dir} "
+                f"for a run that shall repeat the steps behind iteration {iteration} with the same ones"
+            )
     write_mcore(job.save_dir, source, shape, target, dtype, progress, state)
 
 

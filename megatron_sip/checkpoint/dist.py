@@ -85,7 +85,7 @@ def load(
         CheckpointError: it is damaged, it would run code, or it belongs to a model of another shape.
     """
     reader, common = attempt(world, lambda: _open(folder))
-    progress = Progress(0, 0, {}) if weights_only else _progress(folder, common)
+    progress = Progress(0, 0, {}) if weights_only else _progress(folder, common, trainer.policy.real_vocab_size)
     wanted = _state(trainer, loading=True, with_training=not weights_only)
     absent = set() if weights_only else _absent_parts(reader)
     try:
@@ -128,18 +128,21 @@ def _open(folder: Path) -> tuple[RestrictedReader, dict[str, Any]]:
     return RestrictedReader(folder), common
 
 
-def _progress(folder: Path, common: dict[str, Any]) -> Progress:
+def _progress(folder: Path, common: dict[str, Any], vocabulary: int) -> Progress:
     """Where the run stood, if the common state is that of a run."""
     missing = {"scheduler", "torch_rng", "reference_steps"} - common.keys()
     try:
         if missing:
             raise KeyError(min(missing))
-        return from_state(common)
-    except (KeyError, TypeError, ValueError) as error:
+        progress = from_state(common)
+        if progress.pending is not None and bool((progress.pending.rollouts.tokens >= vocabulary).any()):
+            raise ValueError(f"the rollouts of the next batch hold tokens beyond the vocabulary of {vocabulary}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / COMMON} does not say where a run stood ({type(error).__name__}: {error}); to take its weights "
             "alone, add --finetune"
         ) from error
+    return progress
 
 
 def _begin_optimizer_anew(trainer: PolicyTrainer) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -18,6 +19,13 @@ from megatron_sip.errors import CheckpointError
 
 LATEST = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7,})")
+_APART = 0.001
+"""Seconds between two checkpoints at least, as their manifests tell."""
+
+
+def same_folder(one: str | Path, other: str | Path | None) -> bool:
+    """Whether two paths name one folder."""
+    return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def checkpoint_folder(root: Path, iteration: int) -> Path:
@@ -78,17 +86,28 @@ def saved_iterations(root: Path) -> list[int]:
 
 
 def written_at(folder: Path) -> float:
-    """When a checkpoint was written, by its manifest, in seconds since 1970; 0 where that is not known."""
+    """When a checkpoint was written, by its own manifest, in seconds since 1970; 0 where that is not known."""
     try:
-        return float(json.loads((folder / MANIFEST).read_bytes())["written"])
+        told = json.loads((folder / MANIFEST).read_bytes())
+        return float(told["written"]) if told["iteration"] == iteration_of(folder) else 0.0
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0  # of an early version, or damaged: `newest_whole` will tell
 
 
-def candidates(root: Path, named: int | None = None) -> list[int]:
+def next_time(root: Path) -> float:
+    """The time of a checkpoint that is written now, in seconds since 1970: behind that of all that stand under `root`.
+
+    A run may go on on a host whose clock is behind; what was written last must be told as the last all the same.
+    """
+    last = max((written_at(checkpoint_folder(root, iteration)) for iteration in saved_iterations(root)), default=0.0)
+    return max(time.time(), last + _APART)
+
+
+def candidates(root: Path, named: int | None = None, among: Collection[int] | None = None) -> list[int]:
     """Iterations that may be loaded, the best first: the named one, then what was written before it on the way there.
 
-    `named` is that of the latest file if it is not given.
+    named   that of the latest file if it is not given
+    among   leave all others alone, which are of an earlier run; None: all may be loaded
 
     A checkpoint beyond the named one is left alone: who wrote an earlier number into the latest file wants that one.
     So is one with a higher number than another that was written later: the run had gone back behind it. Without the
@@ -97,11 +116,16 @@ def candidates(root: Path, named: int | None = None) -> list[int]:
     Raises:
         CheckpointError: the latest file is damaged.
     """
-    named, saved = named_iteration(root) if named is None else named, saved_iterations(root)
+    saved = [iteration for iteration in saved_iterations(root) if among is None or iteration in among]
+    named = named_iteration(root) if named is None else named
+    if among is not None and named not in among:
+        named = None
     if named is None and not saved:
         return []
     found = [saved[-1] if named is None else named]
-    for iteration in reversed(saved):
+    # What was written behind the named one is of another course. A damaged manifest tells no time to go by.
+    timed = found[0] in saved and written_at(checkpoint_folder(root, found[0])) > 0
+    for iteration in reversed(saved[: saved.index(found[0])] if timed else saved):
         if iteration < found[-1]:
             found.append(iteration)
     return found

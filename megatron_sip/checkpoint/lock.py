@@ -1,8 +1,9 @@
 """One run at a time writes to the folder of `--save`.
 
 `run.lock` there names the process of the main rank, which sets the file's time anew while it lives. Who finds the lock
-of a process of its own machine asks the kernel whether it still runs. Of another machine it watches the file: a time
-that stands still for `PATIENCE_SECONDS` by its own clock is that of a dead run, so no two clocks are compared.
+of a process of its own machine asks the kernel whether it still runs. Of another machine, or where the kernel does not
+tell, it watches the file: a time that stands still for `PATIENCE_SECONDS` by its own clock is that of a dead run, so no
+two clocks are compared.
 
 Only O_EXCL and rename decide, which hold on network file systems too. Who takes a lock over first makes a claim, a
 file named after the content of the old lock: of two that found the same dead run, one alone renames its claim over the
@@ -23,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_sip.errors import CheckpointError
+from megatron_sip.parallel.ending import runs_since
 from megatron_sip.parallel.inquest import Home
 
 LOCK = "run.lock"
@@ -139,9 +141,11 @@ class SaveLock:
             return None
         home = _home(first[0])
         if home is not None and home.started and home.machine == Home.here().machine:
-            if home.alive:
+            alive = runs_since(home.pid, home.started)
+            if alive:
                 raise self._held(first[0])
-            return first[0]
+            if alive is False:
+                return first[0]
         patience = self._patience_seconds
         self._say(f"{file} is held by {_words(first[0])}; looking for up to {patience:.0f} s whether it lives")
         while time.monotonic() - began < patience:

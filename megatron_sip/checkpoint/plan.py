@@ -121,8 +121,8 @@ def plan_save(state: dict[str, Any], folder: str, world: World) -> SavePlan:
     return SavePlan(writer, metadata, common, f"__{world.rank}_0.distcp")
 
 
-def common_bytes(plan: SavePlan) -> bytes:
-    """What common.pt will hold."""
+def common_bytes(plan: SavePlan, more: dict[str, Any]) -> bytes:
+    """What common.pt will hold: what all ranks know alike, and `more`, which the main rank alone knows."""
     content = io.BytesIO()
-    torch.save(plan.common, content)
+    torch.save(plan.common | more, content)
     return content.getvalue()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_sip.checkpoint.latest import next_time
 from megatron_sip.checkpoint.manifest import (
     BACKENDS,
     FORMAT_VERSION,
@@ -83,7 +83,7 @@ def publish(config: Config, root: Path, iteration: int, plan: SavePlan, written:
         with (partial / name).open("rb") as stream:
             os.fsync(stream.fileno())
         files[name] = file_entry(partial / name)
-    write_manifest(partial, Manifest(FORMAT_VERSION, iteration, files, time.time()))
+    write_manifest(partial, Manifest(FORMAT_VERSION, iteration, files, next_time(root)))
     sync_folder(partial)
     give_name(root, iteration)
     return retire(config.checkpoint, root, iteration)

@@ -17,25 +17,26 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_sip.checkpoint.agree import attempt, from_main
+from megatron_sip.checkpoint.agree import attempt, from_main, on_main
 from megatron_sip.checkpoint.dist import state_to_save
 from megatron_sip.checkpoint.latest import checkpoint_folder, first_line
 from megatron_sip.checkpoint.lock import SaveLock
 from megatron_sip.checkpoint.manifest import COMMON, write_durably
 from megatron_sip.checkpoint.naming import incomplete_folder
 from megatron_sip.checkpoint.plan import HostCopies, Item, SavePlan, common_bytes, plan_save
-from megatron_sip.checkpoint.progress import Progress
+from megatron_sip.checkpoint.progress import Progress, pending_state
 from megatron_sip.checkpoint.publish import Written, fresh_folder, publish, write_pieces
 from megatron_sip.checkpoint.retain import clean
 from megatron_sip.config.groups import Config
 from megatron_sip.errors import CheckpointError
 from megatron_sip.parallel.ending import WRITER_THREAD
 from megatron_sip.parallel.world import World
+from megatron_sip.rollout.pending import joined
 from megatron_sip.training.step import PolicyTrainer
 
 T = TypeVar("T")
@@ -88,8 +89,6 @@ class CheckpointWriter:
         self._copies = HostCopies()
         self.last_saved: int | None = None
         """Iteration of the newest checkpoint that is durable and named; None before the first of this run."""
-        self.last_begun: int | None = None
-        """Iteration of the newest save, under way or done."""
 
     def prepare(self) -> None:
         """Find out at the start of a run whether `--save` can be written to, and clean up after a killed one.
@@ -122,15 +121,22 @@ class CheckpointWriter:
         items: Iterable[Item] = plan.items()
         if self._config.checkpoint.async_save:
             items = attempt(self._world, lambda: _written(partial, lambda: self._copies.take(plan.items())))
-        common = common_bytes(plan) if self._world.is_main else None
+        waiting = self._waiting(progress)
+        common = common_bytes(plan, waiting) if self._world.is_main else None
         writing = _in_background(lambda: _write(partial, plan, items, common))
         self._pending = _Pending(iteration, plan, started, writing)
-        self.last_begun = iteration
         if self._config.checkpoint.async_save:
             stall = 1000 * (time.perf_counter() - started)
             self._say(f"save of iteration {iteration} started, {stall:.0f} ms")
         else:
             self.finish()
+
+    def _waiting(self, progress: Progress) -> dict[str, Any]:
+        """On the main rank, the rollouts that the next global batch waits with, as they are saved."""
+        if progress.pending is None:  # alike on all ranks
+            return {}
+        parts = on_main(self._world, progress.pending if self._world.is_leader else None)
+        return {} if parts is None else pending_state(joined([part for part in parts if part is not None]))
 
     def poll(self) -> Path | None:
         """Look whether a save is durable; all ranks call it between two steps. It never waits for a disk.

@@ -23,7 +23,8 @@ class ModelConfig:
     """Llama architecture. A preset fills what is not given; given values win."""
 
     model_preset: str | None = None
-    """One of llama-tiny, smollm2-135m, llama-1.4b, llama3.2-1b, llama3-8b, or none: give every size yourself."""
+    """One of llama-tiny, smollm2-135m, llama-1.4b, llama3.2-1b, llama3-8b, llama3-70b, or none: give every size
+    yourself."""
     num_layers: int | None = None
     """Transformer layers."""
     hidden_size: int | None = None
@@ -133,6 +134,9 @@ class TrainingConfig:
     """Steps; a resumed run goes on to this number."""
     seed: int = 1234
     """Seed of initialisation, cuts, orders and rollouts."""
+    shared_prefix: bool = True
+    """Train a pair as one row [prefix | chosen | rejected]; off: as two rows, which computes the prefix twice and gives
+    the same loss and gradients (for comparison)."""
     bf16: bool = False
     """Weights and activations in bfloat16 with fp32 main weights; default fp32."""
     max_skipped_iterations: int = 10

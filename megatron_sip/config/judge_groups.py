@@ -41,6 +41,8 @@ class JudgeConfig:
     """Ask the quality, safety, factuality and reward judges every this many iterations."""
     likelihood_interval: int = 1
     """Ask the likelihood judge every this many iterations; the classifier is asked in all of them."""
+    judge_lag: int = 0
+    """1: judges score the next batch while the policy trains this one, with rollouts one update older; 0: in turn."""
     judge_reading: Literal["generate", "logit"] = "generate"
     """generate: reason, then a parsed verdict; logit: one constrained token read as a probability."""
     judge_option_order: OptionOrder = "auto"
@@ -98,7 +100,7 @@ class RewriterConfig:
     """The rewriter's server. Used when the pool or the objective needs rewrites."""
 
     rewriter_url: tuple[str, ...] = ()
-    """Base URLs; default --judge-url. The key: env REWRITER_API_KEY, else JUDGE_API_KEY."""
+    """Base URLs; default --judge-url. The key: env REWRITER_API_KEY, on hosts of --judge-url else JUDGE_API_KEY."""
     rewriter_model: str | None = None
     """Model name on the server; default the only one it serves."""
     rewriter_temperature: float = 1.0

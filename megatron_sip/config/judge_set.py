@@ -181,8 +181,13 @@ def _resolve(judge: JudgeConfig, name: str, kind: JudgeKind, given: Mapping[str,
         values["votes"] = 1
     if values["option_order"] == "auto":
         values["option_order"] = "both" if values["reading"] == "logit" else "random"
-    shares_key = {_host(url) for url in values["url"]} <= {_host(url) for url in judge.judge_url}
+    shares_key = on_hosts_of(values["url"], judge.judge_url)
     return JudgeSettings(name=name, kind=kind, own=frozenset(own), shares_key=shares_key, **values)
+
+
+def on_hosts_of(urls: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether each of `urls` agrees with some of `others` in scheme, host and port, so that it may know their key."""
+    return {_host(url) for url in urls} <= {_host(url) for url in others}
 
 
 def _host(url: str) -> tuple[str, str, int] | str:

@@ -72,6 +72,19 @@ _LLAMA3_8B = ModelConfig(
     untie_embeddings_and_output_weights=True,
     vocab_size=128256,
 )
+_LLAMA3_70B = ModelConfig(
+    # Llama 3.0, as the 8B.
+    num_layers=80,
+    hidden_size=8192,
+    ffn_hidden_size=28672,
+    num_attention_heads=64,
+    num_query_groups=8,
+    max_position_embeddings=8192,
+    rotary_base=500000.0,
+    norm_epsilon=1e-5,
+    untie_embeddings_and_output_weights=True,
+    vocab_size=128256,
+)
 
 # What has no size of its own to give: filled from others, or absent in most models.
 _MAY_STAY_NONE = {"model_preset", "kv_channels", "vocab_size", "rope_scaling_factor", "recompute_granularity"}
@@ -85,6 +98,7 @@ def presets() -> dict[str, ModelConfig]:
         "llama-1.4b": _LLAMA_1B4,
         "llama3.2-1b": _LLAMA32_1B,
         "llama3-8b": _LLAMA3_8B,
+        "llama3-70b": _LLAMA3_70B,
     }
 
 

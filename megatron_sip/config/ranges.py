@@ -43,7 +43,7 @@ _AT_LEAST_ZERO = (
     *("reward_weight", "reward_label", "rollout_retries"),
 )
 _ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p", "adaptive_confidence")
-_ZERO_TO_ONE = ("min_answered_fraction", "screen_safety_below", "screen_repetition_above")
+_ZERO_TO_ONE = ("judge_lag", "min_answered_fraction", "screen_safety_below", "screen_repetition_above")
 _ZERO_TO_BELOW_ONE = ("adam_beta1", "adam_beta2", "reference_ema_decay", "judge_max_missing_share")
 _NOT_ZERO = ("reward_scale",)
 _FINITE = ("reward_offset",)

@@ -45,8 +45,6 @@ def rollout_problems(config: Config) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    if len(set(rollout.rollout_url)) < len(rollout.rollout_url):
-        yield "--rollout-url names a server twice; name each once"
     if not rollout.allow_insecure_rollout:
         yield from public_addresses(rollout.rollout_url)
     yield from _folder(rollout)

@@ -18,12 +18,21 @@ class SegmentLogps:
     prefix: torch.Tensor
 
 
+def of_pairs(sums: SegmentLogps) -> SegmentLogps:
+    """Sums `[2 * rows]` of two rows a pair (`preference.unshared.two_rows`) as sums `[rows]` of the pairs."""
+    return SegmentLogps(chosen=sums.chosen[0::2], rejected=sums.chosen[1::2], prefix=sums.prefix[0::2])
+
+
 @dataclass(frozen=True)
 class ReferenceLogps:
     """The reference's summed log-probabilities, each `[rows]`, without gradient."""
 
     chosen: torch.Tensor
     rejected: torch.Tensor
+
+    def slice(self, start: int, stop: int) -> ReferenceLogps:
+        """Those of rows `start` to `stop` (a micro-batch)."""
+        return ReferenceLogps(self.chosen[start:stop], self.rejected[start:stop])
 
 
 def segment_sums(token_logps: torch.Tensor, scored: ScoredTokens, rows: int) -> SegmentLogps:

@@ -6,8 +6,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_sip.errors import ConfigError, DataError
 
@@ -42,7 +43,7 @@ class JsonlWriter:
                 self._cut(self.path, start_iteration)
             elif self.path.exists() and self.path.stat().st_size > 0:
                 set_aside(self.path)
-            self._file: TextIO = self.path.open("a", encoding="utf-8")
+            self._open()
         except OSError as error:
             raise ConfigError(f"cannot write {self.path} ({error.strerror}); give another path with {flag}") from error
 
@@ -51,7 +52,7 @@ class JsonlWriter:
         self.close()
         try:
             self._cut(self.path, iteration)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._open()
         except OSError as error:
             raise ConfigError(
                 f"cannot write {self.path} ({error.strerror}); give another path with {self._flag}"
@@ -59,41 +60,54 @@ class JsonlWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. ConfigError if the disk refuses it."""
-        line = json.dumps(_encode(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = memoryview((json.dumps(_encode(record), ensure_ascii=False, allow_nan=False) + "\n").encode())
         try:
-            self._file.write(line)
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
             if self._durable:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            raise ConfigError(
-                f"cannot write {self.path} ({error.strerror}); free some space or move it with {self._flag}"
-            ) from error
+            self._refused = True
+            raise self._no_room(error) from error
 
     def close(self) -> None:
-        """Flush to disk and close."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        """Flush to disk and close. ConfigError if the disk refuses it; not again what `write` was refused."""
+        if self._file.closed:
+            return
+        try:
+            with self._file:
+                if not self._refused:
+                    os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._no_room(error) from error
+
+    def _open(self) -> None:
+        # Without a buffer: a line that the disk refused must not come back at the end.
+        self._file: FileIO = self.path.open("ab", buffering=0)
+        self._refused = False
+
+    def _no_room(self, error: OSError) -> ConfigError:
+        return ConfigError(f"cannot write {self.path} ({error.strerror}); free some space or move it with {self._flag}")
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a file; a last line that a crash cut short is left out, any other bad line is a DataError."""
-    source = Path(path)
+    for _, record in _lines(Path(path)):
+        yield record
+
+
+def _lines(source: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line without its end, and the record in it; one line is held at a time."""
     try:
-        lines = source.read_bytes().split(b"\n")
+        with source.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                record = _parse(line)
+                if record is not None:
+                    yield line.removesuffix(b"\n"), record
+                elif line.endswith(b"\n"):
+                    raise DataError(f"{source}, line {number} is not a JSON object; mend or remove that line")
     except OSError as error:
         raise DataError(f"cannot read {source}: {error.strerror}") from error
-    whole, last = lines[:-1], lines[-1]
-    for number, line in enumerate(whole, start=1):
-        record = _parse(line)
-        if record is None:
-            raise DataError(f"{source}, line {number} is not a JSON object; mend or remove that line")
-        yield record
-    record = _parse(last)
-    if record is not None:
-        yield record
 
 
 def drop_after(path: Path, iteration: int) -> int:
@@ -103,21 +117,38 @@ def drop_after(path: Path, iteration: int) -> int:
     """
     if not path.exists():
         return 0
-    records = list(read_jsonl(path))
-    kept = [record for record in records if int(record["iteration"]) <= iteration]
-    replace_records(path, kept)
-    return len(records) - len(kept)
+    dropped = 0
+
+    def kept() -> Iterator[bytes]:
+        nonlocal dropped
+        for line, record in _lines(path):
+            if int(record["iteration"]) <= iteration:
+                yield line
+            else:
+                dropped += 1
+
+    _replace_lines(path, kept())
+    return dropped
 
 
 def replace_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Let `path` hold `records`, as `read_jsonl` gave them; the new file replaces the old one in one step."""
+    _replace_lines(path, (json.dumps(record, ensure_ascii=False).encode() for record in records))
+
+
+def _replace_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Let `path` hold `lines`, which may come from it; behind an error it is as it was."""
     draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as target:
-        for record in records:
-            target.write(json.dumps(record, ensure_ascii=False) + "\n")
-        target.flush()
-        os.fsync(target.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("wb") as target:
+            for line in lines:
+                target.write(line + b"\n")
+            target.flush()
+            os.fsync(target.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def decode_number(value: object) -> float:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -67,6 +68,33 @@ def started_at(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def age(pid: int) -> float:
+    """Seconds since a process of this machine started; 0 if it is over."""
+    ticks = started_at(pid)
+    if ticks is None:
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK"))
+
+
+def runs_since(pid: int, started: str) -> bool | None:
+    """Whether a process of this machine that started then still runs; None where the system hides it.
+
+    /proc mounted with hidepid shows nobody the processes of other users.
+    """
+    foreign = False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        foreign = True
+    try:
+        now = started_at(pid)
+    except PermissionError:
+        return None
+    return None if foreign and now is None else now == started
 
 
 def is_stopped(pid: int) -> bool:

@@ -9,6 +9,8 @@ import threading
 import time
 from types import FrameType
 
+from megatron_sip.parallel.ending import age
+
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ONE_REQUEST = 1.0
 """Seconds in which signals count as one request: a scheduler signals the launcher and the ranks, and the launcher
@@ -33,8 +35,12 @@ class StopSignal:
     """
 
     def __init__(self, exit_duration_in_mins: float | None) -> None:
-        limit = exit_duration_in_mins
-        self._deadline = None if limit is None else time.monotonic() + 60 * limit
+        """The minutes count from the start of torchrun: a start of `--max-restarts` gets no new ones from a scheduler.
+
+        Without torchrun they count from here.
+        """
+        limit, gone = exit_duration_in_mins, age(os.getppid()) if under_torchrun() else 0.0
+        self._deadline = None if limit is None else time.monotonic() - gone + 60 * limit
         self._received: tuple[signal.Signals, float] | None = None
         self._again: signal.Signals | None = None
         self._lock = threading.Lock()

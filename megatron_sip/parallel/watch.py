@@ -126,6 +126,9 @@ class StageWatch:
         self._means[name] = _MEMORY * old + (1 - _MEMORY) * (ended - now)
         if name in _UNHURRIED:
             self._unhurried_until = ended
+            if self._boundary is not None:  # no part of the way to the next one, which is measured
+                left = self._boundary.left
+                self._boundary = replace(self._boundary, left=left + ended - max(now, left))
         back = replace(outer if self._depth else place, entries=self._standing.place.entries + 1)
         self._standing = Standing(back, ended, ended)
 

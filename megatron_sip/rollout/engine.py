@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
 from megatron_sip.types import TokenArray
+
+OnWave: TypeAlias = Callable[[int, "Rollouts"], None]
+"""Hears that the prefixes from this place on have these rollouts."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,17 @@ class Rollouts:
 class RolloutEngine(Protocol):
     """Writes continuations with the policy's current weights."""
 
-    def generate(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
+    def generate(
+        self,
+        prefixes: Sequence[TokenArray],
+        sample_indices: Sequence[int],
+        sampling: Sampling,
+        on_wave: OnWave = lambda _first, _rollouts: None,
+    ) -> Rollouts:
         """Continue each prefix `sampling.num_rollouts` times.
 
-        Called by all ranks of a model-parallel group with the same arguments; all get the same result.
+        Called by all ranks of a model-parallel group with the same arguments; all get the same result. `on_wave` hears
+        of each prefix once, as soon as all its rollouts are there, while those of others may still be written.
         The randomness of a row depends on (seed, sample index, rollout, position) alone.
         """
         ...

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.cache import DecodeCache, PrefillCache
-from megatron_sip.rollout.engine import Rollouts, Sampling
+from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
 from megatron_sip.rollout.sampling import sample_tokens, uniforms
 from megatron_sip.types import TokenArray
 
@@ -44,19 +44,26 @@ class MegatronEngine:
         self.at_boundary = at_boundary
         self.multiple = world.tp_size if policy.config.sequence_parallel else 1
 
-    def generate(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
+    def generate(
+        self,
+        prefixes: Sequence[TokenArray],
+        sample_indices: Sequence[int],
+        sampling: Sampling,
+        on_wave: OnWave = lambda _first, _rollouts: None,
+    ) -> Rollouts:
         """See `RolloutEngine.generate`. Weights and training mode are left as they were."""
         was_training = self.policy.training
         self.policy.eval()
         wave = self.wave or len(prefixes)
+        parts: list[Rollouts] = []
         try:
             # Not inference mode: megatron-core keeps gather buffers between calls, and one that was made in
             # inference mode would break the next training step.
             with torch.no_grad():
-                parts = [
-                    self._wave(prefixes[start : start + wave], sample_indices[start : start + wave], sampling)
-                    for start in range(0, len(prefixes), wave)
-                ]
+                for start in range(0, len(prefixes), wave):
+                    some = slice(start, start + wave)
+                    parts.append(self._wave(prefixes[some], sample_indices[some], sampling))
+                    on_wave(start, parts[-1])
         finally:
             self.policy.train(was_training)
         return Rollouts(

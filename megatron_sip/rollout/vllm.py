@@ -26,7 +26,7 @@ from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.leader import Leader
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.address import client_settings
-from megatron_sip.rollout.engine import Rollouts, Sampling
+from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
 from megatron_sip.rollout.fleet import RolloutFleet, Rows
 from megatron_sip.rollout.probe import policy_logprobs
 from megatron_sip.rollout.proof import Probe, Weights
@@ -89,9 +89,17 @@ class VllmEngine:
         self._fleet = RolloutFleet(client_settings(rollout), wanted)
         self._fleet.start()
 
-    def generate(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
-        """See `RolloutEngine.generate`. With a live server the same request need not give the same tokens: what it
-        computes together depends on what arrives together.
+    def generate(
+        self,
+        prefixes: Sequence[TokenArray],
+        sample_indices: Sequence[int],
+        sampling: Sampling,
+        on_wave: OnWave = lambda _first, _rollouts: None,
+    ) -> Rollouts:
+        """See `RolloutEngine.generate`; all prefixes are one wave.
+
+        With a live server the same request need not give the same tokens: what it computes together depends on what
+        arrives together.
 
         Raises:
             ServiceError: no server can be used, and waiting would not help; on all ranks alike.
@@ -110,6 +118,7 @@ class VllmEngine:
             metrics["time/rollout_push"] = (pushed - began - probe_seconds, 1.0)
             metrics["time/rollout_probe"] = (probe_seconds, 1.0)
             metrics["rollout/servers_behind"] = (float(len(self._told)), 1.0)
+        on_wave(0, rollouts)
         return replace(rollouts, metrics=metrics)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """An asyncio loop in a thread of its own, so that judge calls run while the main thread trains.
 
-The thread does HTTP and local classifiers only. It never touches torch.distributed: collectives belong to
-the main thread, in the same order on every rank.
+The thread does HTTP; local classifiers and scoring plans are worked out in threads beside it. None of them touches
+torch.distributed: collectives belong to the main thread, in the same order on every rank.
 """
 
 from __future__ import annotations
@@ -48,5 +48,6 @@ class BackgroundLoop:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
         finally:
             self._loop.close()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from megatron_sip.config.groups import Config, JudgeConfig, PreferenceConfig
-from megatron_sip.config.judge_set import CHAT_KINDS, SAFETY_KINDS, JudgeSettings, active_judges
+from megatron_sip.config.judge_set import CHAT_KINDS, SAFETY_KINDS, JudgeSettings, active_judges, on_hosts_of
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec
 from megatron_sip.services.client import ServiceClient
@@ -118,14 +118,15 @@ def _reads_turns(settings: JudgeSettings) -> bool:
 
 
 def rewriter_settings(config: Config) -> ClientSettings:
-    """The rewriter's client settings; its servers and model default to the judge's."""
+    """The rewriter's client settings; its servers and model default to the judge's, and on their hosts its key does."""
     own = bool(config.rewriter.rewriter_url)
     shared = judge_settings(config.judge)
+    urls = config.rewriter.rewriter_url or shared.urls
     return replace(
         shared,
-        urls=config.rewriter.rewriter_url or shared.urls,
+        urls=urls,
         model=config.rewriter.rewriter_model or (None if own else shared.model),
-        key_variables=("REWRITER_API_KEY", "JUDGE_API_KEY"),
+        key_variables=("REWRITER_API_KEY", *(shared.key_variables if on_hosts_of(urls, shared.urls) else ())),
         url_flag="--rewriter-url" if own else "--rewriter-url (or --judge-url)",
         model_flag="--rewriter-model",
     )

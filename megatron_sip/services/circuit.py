@@ -7,6 +7,7 @@ it works the circuit is closed, if it fails the server rests for twice as long.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -14,11 +15,12 @@ TRIP_FAILURES = 5
 FIRST_REST_SECONDS = 0.5
 LONGEST_REST_SECONDS = 30.0
 LONGEST_PROBED_REST_SECONDS = 5.0
-"""A probe costs nobody a call, so a server that is away is asked for its health this often at least."""
+"""A probe costs nobody a call: a server that fails its probes is asked again after this time at the latest, and so is
+every server in an outage."""
 LONGEST_HOLD_SECONDS = 300.0
 """What is believed of a Retry-After: after this time the server is asked again, whatever it named."""
 
-_USABLE, _RESTING, _ON_TRIAL, _HELD, _OPEN = range(5)
+_USABLE, _RESTING, _HELD, _ON_TRIAL, _OPEN = range(5)
 
 
 @dataclass
@@ -102,20 +104,29 @@ class Endpoint:
             self.rest(now, LONGEST_PROBED_REST_SECONDS)
 
     def standing(self, now: float) -> int:
-        """Its class in the choice, the lower the better."""
-        if self.resting:
-            return _OPEN if self.tripped else _RESTING
+        """Its class in the choice, the lower the better. One that asked for time is left alone in any case."""
         if self.held_until > now:
             return _HELD
+        if self.resting:
+            return _OPEN if self.tripped else _RESTING
         return _ON_TRIAL if self.tripped and self.on_trial else _USABLE
 
 
-def choose_endpoint(endpoints: Iterable[Endpoint], now: float, avoid: Collection[str]) -> Endpoint:
-    """The server for the next attempt: usable ones first, those of `avoid` last among them, then by calls in flight."""
+def choose_endpoint(
+    endpoints: Iterable[Endpoint], now: float, avoid: Collection[str], latest: float = math.inf
+) -> Endpoint:
+    """The server for the next attempt: those that may be called first, and of them those of `avoid` last.
 
-    def order(endpoint: Endpoint) -> tuple[bool, bool, int, int, int]:
+    Where there is none, the one that asked for the least time, if that ends before `latest`: it answers, and a server
+    whose circuit is open does not. Then the open ones, and one that asked for more time only where all did.
+    """
+
+    def order(endpoint: Endpoint) -> tuple[int, float, int, int, int]:
         standing = endpoint.standing(now)
-        return standing > _RESTING, endpoint.base in avoid, standing, endpoint.in_flight, endpoint.calls
+        load = endpoint.in_flight, endpoint.calls
+        if standing == _HELD:
+            return (1 if endpoint.held_until < latest else 3), endpoint.held_until, standing, *load
+        return (0 if standing <= _RESTING else 2), endpoint.base in avoid, standing, *load
 
     return min(endpoints, key=order)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -23,7 +24,7 @@ from megatron_sip.services.endpoint import ClientSettings, parse_endpoints, read
 from megatron_sip.services.health import Health
 from megatron_sip.services.hedging import may_hedge, race
 from megatron_sip.services.holds import Hold, Holds
-from megatron_sip.services.start_check import explain_failure, pick_model
+from megatron_sip.services.start_check import explain_failure, pick_model, tells_tokens
 from megatron_sip.services.transport import Failure, exchange
 from megatron_sip.services.usage import Usage
 from megatron_sip.types import Missing, MissingReason
@@ -34,10 +35,11 @@ CHECK_SECONDS = 20.0
 PROBE_SECONDS = 5.0
 SPREAD_SECONDS = 0.25
 """Calls that waited for the same moment go out over this long, not all at once."""
+LONGEST_NAP_SECONDS = 5.0
+"""A call that waits for the servers' time to be over looks again this often: one of them may take calls sooner."""
 KEEP_ALIVE_SECONDS = 4.0
 """Less than the 5 s after which vLLM closes an idle connection: a call on one that is being closed is lost."""
-NOT_IMPLEMENTED = 501
-NOT_THERE = (404, 405, NOT_IMPLEMENTED)
+NOT_THERE = (404, 405, 501)
 TOO_MANY_REQUESTS = 429
 
 
@@ -57,7 +59,7 @@ _MODELS = _Request("/models", None)
 class ServerInfo:
     """What a service serves. `max_model_len` is in tokens, None where the server does not say.
 
-    `root` is the model folder as the server names it (vLLM); `has_tokenize` tells whether /tokenize answers.
+    `root` is the model folder as the server names it (vLLM); `has_tokenize` tells whether /tokenize is there.
     """
 
     model: str
@@ -195,13 +197,14 @@ class ServiceClient:
         while True:
             if failure is not None and self._outage_stops_retries():
                 return failure
-            endpoint = choose_endpoint(self._endpoints, loop.time(), tried)
+            endpoint = self._choose(tried, deadline)
             held = endpoint.held_until - loop.time()
             if held > 0:
-                if self._on_outage != "wait" and loop.time() + held >= deadline:
-                    return _counted(failure or _asked_to_wait(endpoint, held), attempts)
-                deadline += await self._sit_out(held, hold)
+                if endpoint.held_until >= self._latest(deadline):
+                    return (failure or _asked_to_wait(endpoint, held)).counted(attempts)
+                deadline += await self._sit_out(min(held, LONGEST_NAP_SECONDS), hold)
                 continue
+            self._holds.over(hold)
             last = faults == self.settings.retries
             answer = await self._attempt_or_copy(endpoint, request, deadline, tried, last)
             if not isinstance(answer, Failure):
@@ -213,13 +216,22 @@ class ServiceClient:
                 refused.add(endpoint.base)
             again = answer.again or (answer.refusal and len(refused) < len(self._endpoints))
             if faults > self.settings.retries or not again:
-                return _counted(answer, attempts)
-            pause = self._pause(tried, attempts)
+                return answer.counted(attempts)
+            pause = self._pause(tried, attempts, deadline)
             if loop.time() + pause >= deadline:
-                return _counted(answer, attempts)
+                return answer.counted(attempts)
             if len(tried) == len(self._endpoints):
                 tried.clear()
             await asyncio.sleep(pause)
+
+    def _latest(self, deadline: float) -> float:
+        """Until when a call can leave the servers alone."""
+        return math.inf if self._on_outage == "wait" else deadline
+
+    def _choose(self, tried: set[str], deadline: float) -> Endpoint:
+        """The server for the next attempt, which may have to be left alone first."""
+        now = asyncio.get_running_loop().time()
+        return choose_endpoint(self._endpoints, now, tried, self._latest(deadline))
 
     async def _sit_out(self, held: float, hold: Hold) -> float:
         """Leave the servers alone for `held` seconds. How much later the deadline is for it, in seconds."""
@@ -231,10 +243,10 @@ class ServiceClient:
         await self._holds.sit_out(hold, seconds)
         return asyncio.get_running_loop().time() - began
 
-    def _pause(self, tried: set[str], attempts: int) -> float:
+    def _pause(self, tried: set[str], attempts: int, deadline: float) -> float:
         """Seconds before the next attempt; none where there is another server, or a server named the time itself."""
         now = asyncio.get_running_loop().time()
-        if another(self._endpoints, now, tried) or choose_endpoint(self._endpoints, now, tried).held_until > now:
+        if another(self._endpoints, now, tried) or self._choose(tried, deadline).held_until > now:
             return 0.0
         return self._backoff(attempts)
 
@@ -289,6 +301,7 @@ class ServiceClient:
         now = asyncio.get_running_loop().time()
         if not isinstance(answer, Failure):
             self._health.worked(endpoint, now)
+            self._holds.answered()
             return answer
         if answer.retry_after is not None:
             endpoint.hold(now, answer.retry_after)
@@ -344,40 +357,37 @@ class ServiceClient:
         )
 
     async def _check_one(self, endpoint: Endpoint) -> ServerInfo:
-        seconds = min(CHECK_SECONDS, self.settings.timeout)
-        answer = await self._send(endpoint, _MODELS, seconds)
+        answer = await self._ask_at_start(endpoint, _MODELS, lambda failure: failure.busy)
         if isinstance(answer, Failure):
             raise ServiceError(explain_failure(endpoint, answer, self.settings))
         entry = pick_model(endpoint, answer, self.settings)
         length = entry.get("max_model_len")
         root = entry.get("root")
+        question = {"model": str(entry["id"]), "prompt": "a", "add_special_tokens": False}
+        tokenize = _Request("/tokenize", json.dumps(question).encode(), at_root=True)
+        tokens = await self._ask_at_start(endpoint, tokenize, lambda failure: failure.again)
         return ServerInfo(
             model=str(entry["id"]),
             max_model_len=length if isinstance(length, int) and length > 0 else None,
             root=root if isinstance(root, str) else None,
-            has_tokenize=await self._has_tokenize(endpoint, str(entry["id"]), seconds),
+            has_tokenize=tells_tokens(endpoint, tokens, self.settings),
         )
 
-    async def _has_tokenize(self, endpoint: Endpoint, model: str, seconds: float) -> bool:
-        """Whether /tokenize is there. ServiceError where that cannot be told: it decides how all verdicts are read."""
-        body = json.dumps({"model": model, "prompt": "a", "add_special_tokens": False}).encode()
-        answer = await self._send(endpoint, _Request("/tokenize", body, at_root=True), seconds)
-        if isinstance(answer, Failure):
-            if answer.server_at_fault and answer.status != NOT_IMPLEMENTED:
-                raise ServiceError(
-                    f"{endpoint.root}/tokenize failed ({answer.missing.detail}), so it is not known how to ask the "
-                    f"server of {self.settings.url_flag}; start again when it is well"
-                )
-            return False
-        return isinstance(answer.get("tokens"), list)
-
-
-def _counted(failure: Failure, attempts: int) -> Failure:
-    """`failure` with the number of attempts in its words, where there were several."""
-    if attempts < 2:
-        return failure
-    reason, detail = failure.missing.reason, failure.missing.detail
-    return replace(failure, missing=Missing(reason, f"{detail} (after {attempts} attempts)"))
+    async def _ask_at_start(
+        self, endpoint: Endpoint, request: _Request, passes: Callable[[Failure], bool]
+    ) -> dict[str, Any] | Failure:
+        """The answer of one server, which is asked again for `CHECK_SECONDS` while its failure is one that passes."""
+        loop, seconds = asyncio.get_running_loop(), min(CHECK_SECONDS, self.settings.timeout)
+        deadline, attempts = loop.time() + seconds, 0
+        while True:
+            answer = await self._send(endpoint, request, seconds)
+            attempts += 1
+            if not isinstance(answer, Failure) or not passes(answer):
+                return answer
+            pause = max(self._backoff(attempts), answer.retry_after or 0.0)
+            if loop.time() + pause >= deadline:
+                return answer.counted(attempts)
+            await asyncio.sleep(pause)
 
 
 def _asked_to_wait(endpoint: Endpoint, seconds: float) -> Failure:

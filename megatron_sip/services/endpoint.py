@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import ssl
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -63,10 +64,14 @@ class ClientSettings:
 
 
 def parse_endpoints(settings: ClientSettings) -> list[Endpoint]:
-    """Check the base URLs. ConfigError for one that is no http(s) URL or carries a password or a query."""
+    """Check the base URLs. ConfigError for one that is no http(s) URL, holds a password or a query, or stands twice."""
     if not settings.urls:
         raise ConfigError(f"no server is given; set {settings.url_flag} to a base URL such as http://127.0.0.1:8100/v1")
-    return [_endpoint(url.strip(), settings) for url in settings.urls]
+    endpoints = [_endpoint(url.strip(), settings) for url in settings.urls]
+    twice = next((base for base, count in Counter(e.base for e in endpoints).items() if count > 1), None)
+    if twice is not None:  # what is known of a server, such as who looks after it, goes by its address
+        raise ConfigError(f"{settings.url_flag} names {twice} more than once; name each server once")
+    return endpoints
 
 
 def _endpoint(url: str, settings: ClientSettings) -> Endpoint:

@@ -1,8 +1,8 @@
 """Health of the servers of one service: probes while they rest, and the knowledge that none of them answers at all.
 
 A server that works is never probed. One that failed is asked for its health at the end of each rest, in a task of its
-own, until it is well. An outage is declared only by probes that fail on every server: calls that fail on a server that
-says it is well are missing verdicts, and nothing waits for them.
+own, until it is well; in an outage every few seconds, however long it rests. An outage is declared only by probes that
+fail on every server: calls that fail on a server that says it is well are missing verdicts, and nothing waits for them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from megatron_sip.services.circuit import Endpoint
+from megatron_sip.services.circuit import LONGEST_PROBED_REST_SECONDS, Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +105,13 @@ class Health:
     async def _until_well(self, endpoint: Endpoint) -> None:
         loop = asyncio.get_running_loop()
         while endpoint.resting:
-            wake = max(endpoint.rests_until, endpoint.held_until)
-            if wake > loop.time():
-                await asyncio.sleep(wake - loop.time())
-                continue  # it may have been put to rest anew, or a call has worked
-            endpoint.probed(await self._probe(endpoint) is None, loop.time())
+            left = max(endpoint.rests_until, endpoint.held_until) - loop.time()
+            if left > 0:
+                # Not all of it in one piece: a call may work meanwhile, and a shorter rest begin.
+                await asyncio.sleep(min(left, LONGEST_PROBED_REST_SECONDS))
+                if self._outage is None:
+                    continue
+            endpoint.probed(await self._complaint(endpoint) is None, loop.time())
         if self._outage is not None:
             self._end_outage(endpoint)
 
@@ -129,9 +131,20 @@ class Health:
         logger.info("%s", self._outage)
         return True
 
+    async def _complaint(self, endpoint: Endpoint) -> str | None:
+        """What is wrong with a server, by a probe of it.
+
+        A probe should never raise. One that does must not end the nurse, on whom all calls may wait for ever.
+        """
+        try:
+            return await self._probe(endpoint)
+        except Exception as error:
+            logger.warning("the probe of %s failed", endpoint.base, exc_info=True)
+            return f"the probe failed with {type(error).__name__}"
+
     async def _complaints(self) -> list[str]:
         """What is wrong with which server, by a probe of each; those that complain rest."""
-        said = await asyncio.gather(*(self._probe(endpoint) for endpoint in self._endpoints))
+        said = await asyncio.gather(*(self._complaint(endpoint) for endpoint in self._endpoints))
         complaints: list[str] = []
         for endpoint, complaint in zip(self._endpoints, said, strict=True):
             if complaint is not None:

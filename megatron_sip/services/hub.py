@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.config.judge_set import active_judges
@@ -33,13 +33,16 @@ from megatron_sip.services.journal import Journal, Recalled
 from megatron_sip.services.journal_records import Entry, Key, Source, Value, verdict_keys
 from megatron_sip.services.judges import Judge
 from megatron_sip.services.model_server import ModelServer
-from megatron_sip.services.queueing import InTurn, run_bounded
+from megatron_sip.services.queueing import InTurn, Place
 from megatron_sip.services.rewriter import Rewriter, RewriteRequest, rewrite_key
+from megatron_sip.services.rounds import Rewrites, Rounds, gathered, run_rounds
 from megatron_sip.services.single_flight import SingleFlight
 from megatron_sip.types import Answers, Missing, Pool, Question
 
 T = TypeVar("T")
 V = TypeVar("V", bound=Value)
+Role = Literal["judge", "rewriter"]
+ROLES: tuple[Role, ...] = get_args(Role)
 logger = logging.getLogger(__name__)
 
 
@@ -70,9 +73,9 @@ class PreferenceServices:
         self._intervals = {settings.name: settings.interval for settings in judges}
         self._servers = build_servers(judges, config.judge, environ)
         # Twice what is in flight: the next prompts are ready, but not all of a step's prompts lie in memory.
-        slots = sum(server.client.settings.concurrency for server in self._distinct_servers())
-        self._limit = 2 * max(slots, config.judge.judge_concurrency)
-        self._in_turn = InTurn(self._limit)
+        slots = sum(server.client.settings.concurrency for server in self._servers_of("judge"))
+        limit = 2 * max(slots, config.judge.judge_concurrency)
+        self._verdict_turns, self._rewrite_turns = InTurn(limit), InTurn(limit)
         if needs_rewriter(config):
             own = bool(config.rewriter.rewriter_url)
             self._rewrite_server = ModelServer(
@@ -112,9 +115,11 @@ class PreferenceServices:
             told["models"][self._rewriter.name] = self._rewriter.model
         return told
 
-    def _distinct_servers(self) -> list[ModelServer]:
-        """The judges' servers, each once."""
-        return list(dict.fromkeys(self._servers.values()))
+    def _servers_of(self, *roles: Role) -> list[ModelServer]:
+        """The judges' servers, each once, and the rewriter's if there is one."""
+        judges = dict.fromkeys(self._servers.values()) if "judge" in roles else ()
+        rewriter = self._rewrite_server if "rewriter" in roles else None
+        return [*judges, *([] if rewriter is None else [rewriter])]
 
     def start(self) -> None:
         """Open the cache, connect to the servers and check model, key and labels.
@@ -132,7 +137,7 @@ class PreferenceServices:
             raise
 
     async def _start(self) -> None:
-        servers = [*self._distinct_servers(), *([self._rewrite_server] if self._rewrite_server else [])]
+        servers = self._servers_of(*ROLES)
         with ExitStack() as starting:
             # A server that dies between the check and the first questions must not keep whoever starts for ever.
             for server in servers:
@@ -149,13 +154,29 @@ class PreferenceServices:
         """
         if len(pools) != len(questions):
             raise ValueError(f"{len(pools)} pools but {len(questions)} lists of questions")
-        return self._submit(self._answer_all(list(pools), [list(group) for group in questions]))
+        place = self._verdict_turns.place()
+        return self._submit(self._answer_all(list(pools), [list(group) for group in questions], place))
 
-    def submit_rewrites(self, requests: Sequence[RewriteRequest], max_tokens: int) -> Future[list[str | Missing]]:
+    def submit_rounds(
+        self, begin: Callable[[Rewrites | None], Rounds[T]], rewrites: Future[Rewrites] | None = None
+    ) -> Future[T]:
+        """Ask in rounds, in the background to the end; what was submitted before is asked first. The rounds' result.
+
+        `begin` makes the rounds in a thread once `rewrites` are there.
+        """
+        place = self._verdict_turns.place()
+        return self._submit(run_rounds(begin, rewrites, partial(self._answer_all, place=place)))
+
+    def all_of(self, futures: Sequence[Future[T]]) -> Future[list[T]]:
+        """The results of futures of this object, in their order; cancelling it cancels them."""
+        return self._submit(gathered(futures))
+
+    def submit_rewrites(self, requests: Sequence[RewriteRequest], max_tokens: int) -> Future[Rewrites]:
         """Rewrite each original; `max_tokens` are tokens of the rewriter."""
         if self._rewriter is None:
             raise ConfigError("no rewriter is configured: neither --pool nor --objective asks for rewrites")
-        return self._submit(self._rewrite_all(self._rewriter, list(requests), max_tokens))
+        place = self._rewrite_turns.place()
+        return self._submit(self._rewrite_all(self._rewriter, list(requests), max_tokens, place))
 
     @property
     def asks(self) -> bool:
@@ -197,9 +218,8 @@ class PreferenceServices:
         `shared` counts questions for which nobody was asked because an equal one was under way.
         """
         totals: dict[str, float] = dict(self._seconds)
-        rewriters = [] if self._rewrite_server is None else [self._rewrite_server]
-        for label, servers in (("judge", self._distinct_servers()), ("rewriter", rewriters)):
-            if servers:
+        for label in ROLES:
+            if servers := self._servers_of(label):
                 totals[f"{label}_calls"] = sum(server.client.calls for server in servers)
                 totals[f"{label}_attempts"] = sum(server.client.attempts for server in servers)
                 totals[f"{label}_hedges"] = sum(server.client.hedges for server in servers)
@@ -215,11 +235,10 @@ class PreferenceServices:
         totals |= {f"missing/{name}": count for name, count in dict(self._missing).items()}
         return totals
 
-    def waits_for(self) -> str | None:
-        """What keeps calls waiting, naming the servers; None while every service has a server that answers."""
-        rewriters = [] if self._rewrite_server is None else [self._rewrite_server]
-        clients = [server.client for server in [*self._distinct_servers(), *rewriters]]
-        return next((client.waits_for for client in clients if client.waits_for is not None), None)
+    def waits_for(self, role: Role | None = None) -> str | None:
+        """What keeps calls to judges, rewriter or (None) either waiting, naming the servers; None where nothing."""
+        servers = self._servers_of(*(ROLES if role is None else (role,)))
+        return next((note for server in servers if (note := server.client.waits_for) is not None), None)
 
     def close(self) -> None:
         """Cancel what is under way, close all connections and end the thread."""
@@ -247,10 +266,8 @@ class PreferenceServices:
     async def _close(self) -> None:
         # First end the calls, then their connections: a call must not find its connections gone.
         await cancel_others()
-        for server in self._distinct_servers():
+        for server in self._servers_of(*ROLES):
             await server.client.close()
-        if self._rewrite_server is not None:
-            await self._rewrite_server.client.close()
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:
@@ -258,7 +275,7 @@ class PreferenceServices:
             raise RuntimeError("PreferenceServices is not started, or already closed")
         return self._loop.submit(coroutine)
 
-    async def _answer_all(self, pools: list[Pool], questions: list[list[Question]]) -> list[Answers]:
+    async def _answer_all(self, pools: list[Pool], questions: list[list[Question]], place: Place) -> list[Answers]:
         began = time.monotonic()
         uniques = [distinct_pool(pool) for pool in pools]
         asked = [(pool, question) for pool, group in zip(uniques, questions, strict=True) for question in group]
@@ -275,7 +292,7 @@ class PreferenceServices:
             pool, question = asked[index]
             return self._judges[question.judge].ask(pool, question)
 
-        verdicts = iter(await self._recorded(keys, names, ask, partial(run_bounded, limit=self._limit)))
+        verdicts = iter(await self._recorded(keys, names, ask, place))
         answers = [{question: next(verdicts) for question in group} for group in questions]
         for group_answers in answers:
             for question, verdict in group_answers.items():
@@ -284,8 +301,8 @@ class PreferenceServices:
         return answers
 
     async def _rewrite_all(
-        self, rewriter: Rewriter, requests: list[RewriteRequest], max_tokens: int
-    ) -> list[str | Missing]:
+        self, rewriter: Rewriter, requests: list[RewriteRequest], max_tokens: int, place: Place
+    ) -> Rewrites:
         began = time.monotonic()
         source = Source(rewriter.name, rewriter.model, rewriter.version, rewriter.settings(max_tokens))
         asker = Asker(source, rewriter.prompting, settled=False)
@@ -295,8 +312,7 @@ class PreferenceServices:
 
         keys = [rewrite_key(request, source) for request in requests]
         names = [rewrite_name(request.prefix_text, request.original_text, asker) for request in requests]
-        with self._in_turn.place() as place:
-            texts = await self._recorded(keys, names, ask, place.run)
+        texts = await self._recorded(keys, names, ask, place)
         for text in texts:
             self._count(rewriter.name, text)
         self._seconds["rewriter_seconds"] += time.monotonic() - began
@@ -307,19 +323,19 @@ class PreferenceServices:
         keys: Sequence[Key],
         names: Sequence[Name | None],
         ask: Callable[[int], Coroutine[Any, Any, V]],
-        run: Callable[[Iterable[Coroutine[Any, Any, V]]], Awaitable[list[V]]],
+        place: Place,
     ) -> list[V]:
         """The value of each key: from the journal, else the cache, else `ask(index)`.
 
         What comes from the cache or is asked is written to the journal before anybody uses it: a step shall repeat
-        though the cache may have dropped its answers. `run` runs what is asked.
+        though the cache may have dropped its answers. What is asked waits for its turn at `place`.
         """
         known = await self._journal.lookup(keys) if self._journal else {}
         absent = [index for index, key in enumerate(keys) if key not in known]
         values = cast("dict[int, V]", await self._from_disk(absent, names))
         left = [index for index in absent if index not in values]
         self._from_cache += len(values)
-        asked = await run(self._once(names[index], partial(ask, index)) for index in left)
+        asked = await place.run(self._once(names[index], partial(ask, index)) for index in left)
         values |= zip(left, asked, strict=True)
         if self._journal:
             entries: list[Entry] = [(keys[index], values[index]) for index in absent]

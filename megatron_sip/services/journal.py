@@ -73,12 +73,18 @@ class Journal:
         return self._do(lambda: self._recall(position))
 
     async def lookup(self, keys: Sequence[Key]) -> dict[Key, Value]:
-        """The values of those keys that the journal knows."""
+        """The values of those keys that the journal knows.
+
+        What only the earlier folder knows is in the own one when this returns: a start from a checkpoint of this run
+        reads that alone.
+
+        Raises:
+            CheckpointError: a segment has changed, or the disk refuses.
+        """
         wanted = sorted({key.sample for key in keys} & self._places.keys())
         if not wanted:
             return {}
-        known = await asyncio.get_running_loop().run_in_executor(self._thread, self._read, wanted)
-        return {key: known[key] for key in keys if key in known}
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._look_up, keys, wanted)
 
     async def append(self, entries: Sequence[Entry]) -> None:
         """Write down answers; they are on disk when this returns.
@@ -146,21 +152,34 @@ class Journal:
             damaged=tuple(f"{one.segment.path}, line {line}" for one in everything for line in one.damaged),
         )
 
-    def _read(self, samples: Sequence[int]) -> dict[Key, Value]:
+    def _look_up(self, keys: Sequence[Key], samples: Sequence[int]) -> dict[Key, Value]:
+        known, own = self._read(samples)
+        found = {key: known[key] for key in keys if key in known}
+        copied = [(key, value) for key, value in found.items() if key not in own]
+        if copied:
+            self._append(copied)
+        return found
+
+    def _read(self, samples: Sequence[int]) -> tuple[dict[Key, Value], set[Key]]:
+        """What is known of these samples, and which of it stands in the own folder."""
         known: dict[Key, Value] = {}
+        own: set[Key] = set()
         handles: dict[Path, int] = {}
         try:
             for place in (place for sample in samples for place in self._places.get(sample, ())):
                 path = place.segment.path
                 if path not in handles:
                     handles[path] = os.open(path, os.O_RDONLY)
-                known.update(decode(os.pread(handles[path], place.length, place.offset)))
+                answers = decode(os.pread(handles[path], place.length, place.offset))
+                known.update(answers)
+                if path.parent == self._folder:
+                    own.update(key for key, _ in answers)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"the journal {path} changed while the run read it ({error}); start again") from error
         finally:
             for handle in handles.values():
                 os.close(handle)
-        return known
+        return known, own
 
     def _append(self, entries: Sequence[Entry]) -> None:
         self._open_segment().append(encode(entries), last_sample=max(key.sample for key, _ in entries))

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_sip.errors import ServiceError
@@ -36,7 +36,7 @@ class ModelServer:
         self._max_context = max_context
         self._chats = chats
         self._info: ServerInfo | None = None
-        self._counts: OrderedDict[bytes, asyncio.Future[int | None]] = OrderedDict()  # by digest: texts are long
+        self._counts: OrderedDict[bytes, asyncio.Future[int | Missing]] = OrderedDict()  # by digest: texts are long
         self._template_tokens = 64
         self._bos: list[int] = []
 
@@ -57,12 +57,14 @@ class ModelServer:
 
     @property
     def prompting(self) -> str:
-        """What shapes an answer besides texts and model name: the context, what is broken up, and the model's folder.
+        """What shapes an answer besides texts and model name: context, quoting, /tokenize, the model's folder.
 
-        The folder because other weights may be served under the same name; a server that tells none adds nothing.
+        Without /tokenize labels are asked for and prompts are cut in another way. The folder is told because other
+        weights may be served under the same name; a server that tells none adds nothing.
         """
+        tokenize = "yes" if self.info.has_tokenize else "no"
         of_root = "" if self.info.root is None else f" root {self.info.root}"
-        return f"context {self.context} quoting {self.quoter.code}{of_root}"
+        return f"context {self.context} quoting {self.quoter.code} tokenize {tokenize}{of_root}"
 
     async def start(self) -> None:
         """Check the service and learn its tokenizer's habits. Raises ServiceError."""
@@ -78,7 +80,10 @@ class ModelServer:
     async def _learn_template(self) -> None:
         turn = await self.tokenize_chat([{"role": "user", "content": "a"}])
         if isinstance(turn, Missing):
-            raise ServiceError(f"{self.client} cannot render a chat turn ({turn.detail}); serve an instruct model")
+            raise ServiceError(
+                f"{self.client} cannot render a chat turn ({turn.reason}: {turn.detail}); start again if that passes, "
+                "else serve an instruct model"
+            )
         self._template_tokens = len(turn)
 
     async def _tokens_or_raise(self, text: str, special: bool) -> list[int]:
@@ -123,25 +128,38 @@ class ModelServer:
             return Missing(MissingReason.MALFORMED, "/tokenize gave no token ids")
         return tokens
 
-    async def count(self, text: str) -> int:
-        """Tokens of `text`, each text asked once; where /tokenize does not answer, one token for two bytes."""
-        if self.info.has_tokenize:
-            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            known = self._counts.get(digest)
-            if known is None:
-                known = asyncio.ensure_future(self._ask_count(text))
-                self._counts[digest] = known
-                if len(self._counts) > COUNTS_KEPT:
-                    self._counts.popitem(last=False)
-            counted = await asyncio.shield(known)
-            if counted is not None:
-                return counted
-            self._counts.pop(digest, None)
-        return math.ceil(len(text.encode()) / 2)
+    async def count(self, text: str) -> int | Missing:
+        """Tokens of `text`, each text asked once; one token for two bytes where the server has no /tokenize.
 
-    async def _ask_count(self, text: str) -> int | None:
+        Missing where it has and does not answer: a guess would cut a prompt that fits, or send one that does not.
+        """
+        if not self.info.has_tokenize:
+            return math.ceil(len(text.encode()) / 2)
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        known = self._counts.get(digest)
+        if known is None or known.cancelled():
+            known = asyncio.ensure_future(self._ask_count(text))
+            self._counts[digest] = known
+            if len(self._counts) > COUNTS_KEPT:
+                self._counts.popitem(last=False)
+        counted = await asyncio.shield(known)
+        if isinstance(counted, Missing):
+            self._counts.pop(digest, None)
+        return counted
+
+    async def _ask_count(self, text: str) -> int | Missing:
         found = await self.tokenize(text)
-        return None if isinstance(found, Missing) else len(found[0])
+        return Missing(found.reason, f"/tokenize: {found.detail}") if isinstance(found, Missing) else len(found[0])
+
+    async def _count_all(self, texts: Iterable[str]) -> list[int] | Missing:
+        """Tokens of each text, or why one is not known."""
+        counts: list[int] = []
+        for text in texts:
+            counted = await self.count(text)
+            if isinstance(counted, Missing):
+                return counted
+            counts.append(counted)
+        return counts
 
     async def fit(self, prompt: Prompt, answer_tokens: int) -> list[dict[str, str]] | Missing:
         """Chat messages that leave room for the answer; the prefix loses tokens from the left if it must.
@@ -155,7 +173,8 @@ class ModelServer:
     async def fit_prefix(self, prefix: str, parts: Sequence[str], reserved: int) -> str | Missing:
         """`prefix`, or its end where `parts` (all pieces of the prompt, the prefix in one of them) are too long.
 
-        `reserved` are tokens to leave for what is in no part: turns and answer.
+        `reserved` are tokens to leave for what is in no part: turns and answer. Missing(TOO_LONG) where too little
+        would be left, or the reason for which /tokenize did not answer.
         """
         if self.context is None:
             return prefix
@@ -163,37 +182,44 @@ class ModelServer:
         # A token is at least one byte, so a short prompt needs no question to the server.
         if sum(len(part.encode()) for part in parts) <= room:
             return prefix
-        counts = [await self.count(part) for part in parts if part]
+        counts = await self._count_all(part for part in parts if part)
+        if isinstance(counts, Missing):
+            return counts
         excess = sum(counts) + BOUNDARY_SLACK * len(counts) - room
-        if excess <= 0:
-            return prefix
-        prefix_tokens = await self.count(prefix) if prefix else 0
-        keep = prefix_tokens - excess
+        return prefix if excess <= 0 else await self._without(prefix, excess)
+
+    async def _without(self, prefix: str, excess: int) -> str | Missing:
+        """`prefix` less `excess` tokens or a few more at its beginning."""
+        count = await self.count(prefix) if prefix else 0
+        if isinstance(count, Missing):
+            return count
+        keep = count - excess
         if keep < SMALLEST_PREFIX:
             return Missing(
                 MissingReason.TOO_LONG, f"the prompt does not fit {self.context} tokens even without its prefix"
             )
-        self.trims += 1
-        return await self._shorten(prefix, keep - keep % PREFIX_STEP or keep)
+        shorter = await self._shorten(prefix, count, keep - keep % PREFIX_STEP or keep)
+        self.trims += isinstance(shorter, str)
+        return shorter
 
     @property
     def template_tokens(self) -> int:
         """Tokens of one rendered turn of the shortest text."""
         return self._template_tokens
 
-    async def _shorten(self, text: str, tokens: int) -> str:
-        """The end of `text` with at most `tokens` tokens, beginning at a word where one is near."""
-        count = await self.count(text)
-        share = 1.0
+    async def _shorten(self, text: str, count: int, tokens: int) -> str | Missing:
+        """The end of `text`, which has `count` tokens, with at most `tokens`, beginning at a word where one is near."""
+        share, shorter = 1.0, text
         while count > tokens:
             share *= 0.98 * tokens / count
             kept = text[len(text) - int(len(text) * share) :]
             head, space, rest = kept.partition(" ")
             shorter = rest if space and len(head) < 40 else kept
-            count = await self.count(shorter)
-            if count <= tokens:
-                return shorter
-        return text
+            counted = await self.count(shorter)
+            if isinstance(counted, Missing):
+                return counted
+            count = counted
+        return shorter
 
     async def chat(self, messages: list[dict[str, str]], **fields: Any) -> dict[str, Any] | Missing:
         """One chat completion; `fields` are the request's further members."""
@@ -215,15 +241,11 @@ class ModelServer:
 
         Asked of /tokenize in that very position. ServiceError where a label is no single token of its own.
         """
-        opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": prefill}]
-        before = await self.tokenize_chat(opening)
+        before = await self._open_turn_ids(prefill)
         found: dict[str, list[int]] = {label: [] for label in labels}
         for label in labels:
             for spelling in (" " + label, label):
-                opening[1] = {"role": "assistant", "content": prefill + spelling}
-                after = await self.tokenize_chat(opening)
-                if isinstance(before, Missing) or isinstance(after, Missing):
-                    raise ServiceError(f"{self.client} does not tokenize an open assistant turn; use another reading")
+                after = await self._open_turn_ids(prefill + spelling)
                 if after[: len(before)] == before and len(after) == len(before) + 1:
                     found[label].append(after[-1])
         ids = [token for spellings in found.values() for token in spellings]
@@ -231,6 +253,16 @@ class ModelServer:
             raise ServiceError(
                 f"{self.client}: the labels {', '.join(labels)} are no single tokens of {self.info.model}; "
                 "use --judge-reading generate"
+            )
+        return found
+
+    async def _open_turn_ids(self, text: str) -> list[int]:
+        """Token ids of a short chat whose last turn, the assistant's, begins with `text`. ServiceError without them."""
+        found = await self.tokenize_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": text}])
+        if isinstance(found, Missing):
+            raise ServiceError(
+                f"{self.client} does not tokenize an open assistant turn ({found.reason}: {found.detail}); start again "
+                "if that passes, else use another reading"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""What the first answer of a server tells: the model that is to be used, or what is wrong and how to mend it."""
+"""What the first answers of a server tell: the model that is to be used, or what is wrong and how to mend it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ def pick_model(endpoint: Endpoint, answer: dict[str, Any], flags: ClientSettings
     return served[flags.model] if flags.model is not None else next(iter(served.values()))
 
 
+def tells_tokens(endpoint: Endpoint, answer: dict[str, Any] | Failure, flags: ClientSettings) -> bool:
+    """Whether /tokenize is there, by what was answered at that address: not only where the server says so itself.
+
+    Raises:
+        ServiceError: it cannot be told. How all verdicts are read depends on it, and each leader asks for itself.
+    """
+    if not isinstance(answer, Failure):
+        return bool(answer.get("tokens")) and isinstance(answer["tokens"], list)
+    if answer.again or not (answer.refusal or 400 <= (answer.status or 0) < 500):
+        raise ServiceError(
+            f"{endpoint.root}/tokenize failed ({answer.missing.detail}), so it is not known how to ask the "
+            f"server of {flags.url_flag}; start again when it is well (a server without /tokenize answers 404 there)"
+        )
+    return False
+
+
 def explain_failure(endpoint: Endpoint, failure: Failure, flags: ClientSettings) -> str:
     """A failure of /models at the start, in words that name the way out."""
     detail = failure.missing.detail
@@ -51,4 +67,5 @@ def explain_failure(endpoint: Endpoint, failure: Failure, flags: ClientSettings)
         return f"{endpoint.base} does not answer ({detail}); is it still loading, or is {flags.url_flag} wrong?"
     if failure.missing.reason is MissingReason.MALFORMED:
         return f"{endpoint.base} is no OpenAI-compatible server ({detail}); check host and port of {flags.url_flag}"
-    return f"{endpoint.base} cannot be used ({detail}); check {flags.url_flag}"
+    advice = "start again when it takes calls" if failure.busy else f"check {flags.url_flag}"
+    return f"{endpoint.base} cannot be used{' now' if failure.busy else ''} ({detail}); {advice}"

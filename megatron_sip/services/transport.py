@@ -35,6 +35,18 @@ class Failure:
         """Whether it speaks of key, address or route, so that another server may well take the same question."""
         return self.status is not None and (300 <= self.status < 400 or self.status in REFUSALS)
 
+    @property
+    def busy(self) -> bool:
+        """Whether the server itself says that it may take the same call later."""
+        return self.status in RETRY_STATUSES
+
+    def counted(self, attempts: int) -> Failure:
+        """The same with the number of attempts in its words, where there were several."""
+        if attempts < 2:
+            return self
+        missing = Missing(self.missing.reason, f"{self.missing.detail} (after {attempts} attempts)")
+        return replace(self, missing=missing)
+
 
 async def exchange(
     session: aiohttp.ClientSession,
@@ -184,8 +196,8 @@ def parse_retry_after(value: str | None) -> float | None:
         pass
     try:
         moment = parsedate_to_datetime(value)
-    except (TypeError, ValueError):
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an offset that fits no C integer
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

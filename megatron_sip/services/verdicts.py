@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_sip.data.utf8 import has_half_character
 from megatron_sip.types import Missing, MissingReason, Verdict
@@ -15,6 +15,10 @@ MIN_LABEL_MASS = 0.05
 FACTUALITY_SCORES = {"no hallucination": 1.0, "possible hallucination": 0.5, "definite hallucination": 0.0}
 # vLLM writes -9999 for a log-probability of minus infinity.
 NO_LOGPROB = -9000.0
+LEAST_LOGPROB = -1e30
+"""A log-probability below this is none."""
+MOST_LOGPROB = 0.01
+"""Rounding may leave a log-probability a little above 0; anything beyond this is none."""
 # A text of many braces must not keep the event loop busy.
 MOST_OBJECTS = 100
 
@@ -158,18 +162,17 @@ def _first_token_logprobs(body: Mapping[str, Any]) -> dict[str, float] | Missing
     for entry in [content[0], *entries]:
         name = entry.get("token") if isinstance(entry, dict) else None
         value = entry.get("logprob") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
-            return Missing(MissingReason.MALFORMED, "a log-probability without token or number")
-        # Rounding may leave a value a little above 0; anything beyond that is no log-probability.
-        if not math.isfinite(value) or value > 0.01:
-            return Missing(MissingReason.MALFORMED, f"{value} is no log-probability")
+        if not isinstance(name, str):
+            return Missing(MissingReason.MALFORMED, "a log-probability without a token")
+        if not _is_logprob(value):
+            return Missing(MissingReason.MALFORMED, f"{value!r:.40} is no log-probability")
         if value > NO_LOGPROB:
             given[name] = float(value)
     return given
 
 
 def prompt_logprobs(body: Mapping[str, Any], token_ids: Sequence[int]) -> list[float | None] | Missing:
-    """Log-probability of each prompt token `[len(token_ids)]`; None for the first, which nothing precedes."""
+    """Log-probability of each prompt token `[len(token_ids)]`, 0 at most; None for the first: nothing precedes it."""
     choice = first_choice(body)
     if isinstance(choice, Missing):
         return choice
@@ -183,7 +186,13 @@ def prompt_logprobs(body: Mapping[str, Any], token_ids: Sequence[int]) -> list[f
             continue
         entry = row.get(str(token)) if isinstance(row, dict) else None
         value = entry.get("logprob") if isinstance(entry, dict) else None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value > 0.01:
+        if not _is_logprob(value):
             return Missing(MissingReason.MALFORMED, f"no log-probability for prompt token {position}")
-        values.append(float(value))
+        values.append(min(0.0, float(value)))
     return values
+
+
+def _is_logprob(value: object) -> TypeGuard[int | float]:
+    """Whether `value` is a number that a log-probability can be."""
+    # The comparison is false for NaN, too, and unlike isfinite it takes an integer of any length.
+    return isinstance(value, int | float) and not isinstance(value, bool) and LEAST_LOGPROB < value <= MOST_LOGPROB

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from megatron_sip.checkpoint.choose import choose
 from megatron_sip.checkpoint.convert_layout import padding_mismatch
 from megatron_sip.checkpoint.hf import load_hf_weights
 from megatron_sip.checkpoint.hf_config import is_hf_folder, model_config_from_hf, model_differences
-from megatron_sip.checkpoint.latest import LATEST, iteration_of
+from megatron_sip.checkpoint.latest import LATEST, iteration_of, same_folder
 from megatron_sip.checkpoint.progress import Progress
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.config.presets import resolve_model, with_preset
@@ -179,10 +179,13 @@ def load_checkpoint(
     stream: Stream,
     say: Callable[[str], None],
     on_progress: Callable[[], None] = lambda: None,
+    *,
+    named: int | None = None,
+    among: Collection[int] | None = None,
 ) -> Progress:
     """Take weights, and with our own checkpoints the whole state, from `--load`.
 
-    `on_progress` is called often while the files are compared with their checksums.
+    `on_progress` is called often while the files are compared with their checksums; `named` and `among` as of `choose`.
 
     Raises:
         CheckpointError: nothing is there, or it does not fit.
@@ -203,9 +206,9 @@ def load_checkpoint(
         )
         trainer.after_weights_changed()
         say(f"weights of the Hugging Face Llama {load} loaded")
-    elif (folder := choose(Path(load), world, say, on_progress)) is not None:
+    elif (folder := choose(Path(load), world, say, on_progress, named=named, among=among)) is not None:
         return _resume(config, folder, world, trainer, stream, say)
-    elif _same_folder(load, config.checkpoint.save):
+    elif same_folder(load, config.checkpoint.save):
         say(f"{load} holds no checkpoint yet; starting a new run there")
     else:
         raise CheckpointError(f"--load {load}: no {LATEST} there; name a folder that --save wrote")
@@ -214,15 +217,11 @@ def load_checkpoint(
     return fresh
 
 
-def _same_folder(one: str, other: str | None) -> bool:
-    return other is not None and Path(one).resolve() == Path(other).resolve()
-
-
 def _resume(
     config: Config, folder: Path, world: World, trainer: PolicyTrainer, stream: Stream, say: Callable[[str], None]
 ) -> Progress:
     load = config.checkpoint.load
-    _require_own_model(folder, config)
+    require_own_model(folder, config)
     converted = iteration_of(folder) == 0  # no run saves before its first iteration; tools/checkpoint/convert.py does
     weights_only = converted or config.checkpoint.finetune
     progress = dist_checkpoint.load(folder, world, trainer, say, weights_only=weights_only)
@@ -235,7 +234,7 @@ def _resume(
     return progress
 
 
-def _require_own_model(folder: Path, config: Config) -> None:
+def require_own_model(folder: Path, config: Config) -> None:
     """Refuse our own checkpoint of another architecture, also where its tensors happen to have the same shapes.
 
     Raises:

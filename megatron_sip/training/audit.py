@@ -5,7 +5,7 @@
      "trained": [[0, 3]], "without_pair": {"tie": [[3, 4]]}, "skipped": {}}
     {"kind": "step", "iteration": 2, "loss": "NaN", "consumed": [[4, 8]],
      "trained": [], "without_pair": {}, "skipped": {"non_finite": [[4, 8]]}}
-    {"kind": "rollback", "iteration": 1, "from_iteration": 2, "reason": "...", "jumped": [[4, 8]]}
+    {"kind": "rollback", "iteration": 1, "from_iteration": 2, "next_sample": 8, "reason": "...", "jumped": [[4, 8]]}
     {"kind": "step", "iteration": 2, "consumed": [[8, 12]], ...}
 
 Samples stand as half-open ranges of their global index. Every consumed sample is in exactly one of `trained`,
@@ -23,6 +23,7 @@ from typing import Any
 from megatron_sip.data.cursor import Ranges, indices_in, ranges_of
 from megatron_sip.errors import DataError
 from megatron_sip.metrics.jsonl import JsonlWriter, read_jsonl, replace_records, set_aside
+from megatron_sip.training.rollback import Rollback
 from megatron_sip.types import NoPairReason
 
 Record = dict[str, Any]
@@ -57,14 +58,15 @@ def step_record(iteration: int, outcomes: Mapping[int, int], skipped: str, loss:
     }
 
 
-def rollback_record(from_iteration: int, to_iteration: int, reason: str, jumped: Ranges) -> Record:
-    """The run went back to the end of `to_iteration`; `jumped` is left out from now on."""
+def rollback_record(done: Rollback) -> Record:
+    """The run went back; what it jumps over is left out from now on."""
     return {
         "kind": "rollback",
-        "iteration": to_iteration,
-        "from_iteration": from_iteration,
-        "reason": reason,
-        "jumped": _lists(jumped),
+        "iteration": done.to_iteration,
+        "from_iteration": done.from_iteration,
+        "next_sample": done.next_sample,
+        "reason": done.reason,
+        "jumped": _lists(done.jumped),
     }
 
 

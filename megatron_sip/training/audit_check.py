@@ -114,12 +114,15 @@ def _order(records: Sequence[Record]) -> list[str]:
 def _gaps(records: Sequence[Record], taken_by: dict[int, int], jumped: set[int]) -> list[str]:
     """From the first sample on, all are taken or jumped over, none is both, and none is taken out of order."""
     faults = [f"sample {sample} was jumped over and yet taken" for sample in sorted(jumped & taken_by.keys())]
-    begins = [record["next_sample"] for record in records if record["kind"] == "start"][:1]
-    if not begins or not taken_by:
+    starts = [record["next_sample"] for record in records if record["kind"] == "start"][:1]
+    if not starts or not taken_by:
         return faults
-    early = sorted(sample for sample in taken_by if sample < begins[0])
-    faults += [f"sample {sample} was taken before, the log begins with {begins[0]}" for sample in early]
-    wanted = range(begins[0], max(taken_by) + 1)
+    # A rollback may go behind the first start. Those of an early version do not say where they begin.
+    back = [record["next_sample"] for record in records if record["kind"] == "rollback" and "next_sample" in record]
+    begin = min(starts + back)
+    early = sorted(sample for sample in taken_by if sample < begin)
+    faults += [f"sample {sample} was taken before, the log begins with {begin}" for sample in early]
+    wanted = range(begin, max(taken_by) + 1)
     lost = ranges_of(sample for sample in wanted if sample not in taken_by and sample not in jumped)
     return faults + [f"samples [{start}, {stop}) are lost" for start, stop in lost]
 

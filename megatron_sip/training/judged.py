@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from megatron_sip.parallel.leader import Leader
 from megatron_sip.services.build import judge_specs, rewriter_settings
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.services.journal_records import REWRITER
-from megatron_sip.types import Cut, Missing
+from megatron_sip.types import Answers, Cut, Missing
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,15 @@ class JudgeWatch:
         if lives_on_rewrites(config):
             names.append(REWRITER)
         self._windows: dict[str, deque[Asked]] = {name: deque(maxlen=self._steps) for name in names}
-        self._before: Mapping[str, float] = {}
 
     def check(
-        self, cuts: Sequence[Cut], services: PreferenceServices | None, rewrites: Sequence[Missing | None] = ()
+        self,
+        cuts: Sequence[Cut],
+        services: PreferenceServices | None,
+        answers: Sequence[Answers],
+        rewrites: Sequence[Missing | None] = (),
     ) -> None:
-        """Account for the answers of an iteration, which leaders know.
+        """Account for the answers about the cuts of an iteration, which leaders know.
 
         `rewrites` tells of each rewrite that was asked for why it makes no candidate, None where it does. Before it
         raises it makes what the journal holds of these iterations void: a resume shall ask again, not find the same
@@ -72,9 +75,8 @@ class JudgeWatch:
             SipError: more than `--judge-max-missing-share` of a judge's verdicts is missing over
                 `--judge-missing-window` steps; on all ranks alike.
         """
-        fresh = self._fresh(services)
-        asked = {name: fresh[f"asked/{name}"] for name in self._windows}
-        reasons = {name: _missing(fresh, name) for name in self._windows}
+        asked = Counter(question.judge for given in answers for question in given)
+        reasons = {name: _missing(answers, name) for name in self._windows}
         if REWRITER in self._windows:
             asked[REWRITER] = len(rewrites)
             reasons[REWRITER] = Counter(lost.reason.value for lost in rewrites if lost is not None)
@@ -87,16 +89,6 @@ class JudgeWatch:
             window.append(Asked(cuts[0].sample_index, int(of_all), int(missing), reasons[name]))
             if too_few(window, self._steps, self._share):
                 self._stop(name, window, services)
-
-    def _fresh(self, services: PreferenceServices | None) -> Counter[str]:
-        """What the counts of the services have gained since the last call."""
-        now = {} if services is None else services.stats()
-        fresh: Counter[str] = Counter()
-        for name, total in now.items():
-            if name.startswith(("asked/", "missing/")):
-                fresh[name] = int(total - self._before.get(name, 0))
-        self._before = now
-        return fresh
 
     def _stop(self, name: str, window: Sequence[Asked], services: PreferenceServices | None) -> None:
         first = min(step.first_sample for step in window)
@@ -127,9 +119,7 @@ class JudgeWatch:
         return f"the candidates that {judge.flag('classifier')} {judge.classifier} reads and at judge/missing_..."
 
 
-def _missing(counts: Mapping[str, float], name: str) -> Counter[str]:
-    """Missing answers of a service by reason, from the names of `PreferenceServices.stats`."""
-    start = f"missing/{name}/"
-    return Counter(
-        {key.removeprefix(start): int(count) for key, count in counts.items() if key.startswith(start) and count}
-    )
+def _missing(answers: Sequence[Answers], name: str) -> Counter[str]:
+    """Missing answers of a judge by reason."""
+    verdicts = (verdict for given in answers for question, verdict in given.items() if question.judge == name)
+    return Counter(verdict.reason.value for verdict in verdicts if isinstance(verdict, Missing))

@@ -1,7 +1,8 @@
 """Self-Improving Pretraining (arXiv 2601.21343, section 2), as a loop.
 
 Cuts of documents, rollouts of the policy, verdicts on all candidates, a preference pair a cut, one update;
-then the next cuts. What only plumbing needs is behind a name in its own room.
+then the next cuts. With `--judge-lag 1` the verdicts on the next cuts are awaited by nobody while this update is made.
+What only plumbing needs is behind a name in its own room.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from megatron_sip.training import assemble
 from megatron_sip.training.course import Course
 from megatron_sip.training.faults import Boundaries, start_watch
 from megatron_sip.training.journal import JournalKeeper
+from megatron_sip.training.overlap import Overlap, lag_of
+from megatron_sip.training.preferences import BegunBatch
 from megatron_sip.training.report import Reporter
 from megatron_sip.training.restart import continued, note_found
 from megatron_sip.training.upcoming import Upcoming
@@ -74,7 +77,8 @@ class Run:
         """Open and build everything; all ranks do each step together, so that what fails on one is told by all."""
         together, world = self.leader.together, self.world
         from_main(world, self.lock.acquire)  # before anything there is put in order
-        self.config = from_main(world, lambda: continued(self.config, _say))
+        start = from_main(world, lambda: continued(self.config, _say))
+        self.config = start.config
         self.data = together(lambda: assemble.open_data(self.config))
         self.config = together(lambda: assemble.with_model(self.config, self.data.tokenizer))
         together(lambda: validate(self.config, world.size))
@@ -91,18 +95,24 @@ class Run:
         self.trainer.before_micro_batch = self.boundaries.before_micro_batch
         with self.watch.stage("load"):
             progress = assemble.load_checkpoint(
-                self.config, world, self.trainer, self.data.stream, reporter.say, self.watch.feed
+                *(self.config, world, self.trainer, self.data.stream, reporter.say, self.watch.feed),
+                named=start.named,
+                among=start.among,
             )
+            behind = from_main(world, lambda: start.behind(progress.iteration))
         together(lambda: reporter.start(progress))
         journal = JournalKeeper(self.config.checkpoint, self.leader, self.services, reporter.say)
         with self.watch.stage("load"):
             journal.open(progress)
-        self.course = Course(self.config, self.leader, self.trainer, self.data.stream, writer, journal, progress)
+        self.course = Course(
+            self.config, self.leader, self.trainer, self.data.stream, writer, journal, progress, behind
+        )
         self.maker = assemble.build_maker(
             self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
         )
         self._opened.callback(self.maker.close)
         self.upcoming = Upcoming(self.config, self.maker, self.cuts)
+        self.overlap: Overlap[BegunBatch] = Overlap(lag_of(self.config), self.config.training.train_iters)
 
     def train(self) -> None:
         """Train to `--train-iters` or until asked to stop, and save what is new."""
@@ -112,6 +122,7 @@ class Run:
             while not course.ended and not self.boundaries.between_steps():
                 self.step(course.progress.iteration)
                 if course.stuck:
+                    self.overlap.forget()
                     self.upcoming.forget()
                     course.roll_back(reporter)
                 else:
@@ -125,14 +136,18 @@ class Run:
         course.finish()
 
     def step(self, iteration: int) -> None:
-        """One step of the method: cuts, rollouts, scores, pairs; reference, forward and backward, update."""
+        """One step of the method: cuts, rollouts, scores, pairs; reference, forward and backward, update.
+
+        With `--judge-lag 1` the cuts and rollouts are those of the next batch.
+        """
         started = time.perf_counter()
-        size, before = self.config.training.global_batch_size, self.course.progress.consumed_samples
-        consumed = before + size
-        cuts = self.upcoming.take(before)
-        preferences = self.maker.make(cuts, iteration)
-        samples = cuts[0].sample_index, cuts[-1].sample_index
-        self.upcoming.read_on(iteration + 1, consumed)
+        for coming in self.overlap.due(iteration):
+            self.overlap.add(coming, self.begin(coming))
+        batch = self.overlap.take(iteration)
+        preferences = self.maker.finish(batch)
+        size, samples = self.config.training.global_batch_size, batch.samples
+        consumed = self.course.progress.consumed_samples + size
+        self.upcoming.read_on(iteration + 1 + self.overlap.ahead, consumed + self.overlap.ahead * size)
         learning_rate = self.trainer.learning_rate
         with self.boundaries.stage("train", iteration + 1, samples):
             result = self.trainer.step(preferences.batch, self._updating)
@@ -140,7 +155,18 @@ class Run:
         with self.watch.stage("report", iteration + 1, samples):
             reporter.step(iteration + 1, consumed, learning_rate, preferences, result, seconds)
             self.leader.together(reporter.write)
-        self.course.advance(result.skipped, size)
+        following = self.overlap.waiting(iteration + 1)
+        self.course.advance(result.skipped, size, following.pending if following else None)
+
+    def begin(self, iteration: int) -> BegunBatch:
+        """Rollouts for the cuts of `iteration` with the weights as they are now; their questions leave."""
+        now = self.course.progress
+        ahead = (iteration - now.iteration) * self.config.training.global_batch_size
+        cuts = self.upcoming.take(now.consumed_samples + ahead)
+        written = self.course.written(iteration, [cut.sample_index for cut in cuts])
+        if written is not None:
+            self._reporter().say(f"iteration {iteration + 1} takes its rollouts from the checkpoint")
+        return self.maker.begin(cuts, iteration, written)
 
     @contextmanager
     def _updating(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """From cuts to a batch of preference pairs: rollouts, rewrites, verdicts, selection.
 
-Every rank of a model-parallel group calls `make` with the same cuts. All ranks write rollouts; the leader
-alone has texts, asks the servers and selects; the others receive the finished batch.
+Every rank of a model-parallel group makes the same calls with the same cuts. All ranks write rollouts; the leader
+alone has texts, asks the servers and selects; the others receive the finished batch. What is asked about a wave of
+rollouts leaves as soon as the wave is written, and is answered in the background.
 """
 
 from __future__ import annotations
@@ -15,39 +16,56 @@ from typing import Protocol
 
 from megatron_sip.config.groups import Config
 from megatron_sip.data.tokenizer import Tokenizer
-from megatron_sip.metrics.aggregate import SumCount, pool_metrics
-from megatron_sip.metrics.position import fitted_bias, position_metrics
+from megatron_sip.metrics.aggregate import pool_metrics
 from megatron_sip.parallel.leader import Leader
 from megatron_sip.parallel.world import World
-from megatron_sip.preference.adaptive import adaptive_settings
 from megatron_sip.preference.collate import collate, ntp_batch
-from megatron_sip.preference.combine import combine
-from megatron_sip.preference.curriculum import active_rollouts, apply_bonus, score_bonus
-from megatron_sip.preference.fitted import scores_for
-from megatron_sip.preference.pool import build_pool
-from megatron_sip.preference.rounds import next_rounds
-from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
-from megatron_sip.preference.screen import Screen, ScreenedPlan, screened_scores
+from megatron_sip.preference.curriculum import active_rollouts
+from megatron_sip.preference.scoring import JudgeSpec
 from megatron_sip.preference.select import choose, needs_scores
-from megatron_sip.rollout.engine import RolloutEngine, Rollouts, Sampling
+from megatron_sip.rollout.engine import OnWave, RolloutEngine, Rollouts, Sampling
+from megatron_sip.rollout.pending import PendingBatch
 from megatron_sip.services.build import needs_rewriter
-from megatron_sip.services.hub import PreferenceServices, distinct_pool
+from megatron_sip.services.hub import PreferenceServices, Role
 from megatron_sip.services.rewriter import RewriteRequest
+from megatron_sip.services.rounds import Rewrites
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.judged import JudgeWatch
-from megatron_sip.types import (
-    Answers,
-    Candidate,
-    CandidateKind,
-    Cut,
-    Missing,
-    NoPair,
-    Pair,
-    Pool,
-    PreferenceBatch,
-    Question,
-    Scores,
-)
+from megatron_sip.training.scoring import PoolScoring, Scored, joined, make_pools, verdict_metrics
+from megatron_sip.types import CandidateKind, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Scores
+
+
+@dataclass(frozen=True)
+class BegunBatch:
+    """A batch between its rollouts and its pairs.
+
+    `rollouts` is None where the iteration writes none. Leaders alone have futures: `rewrites`, where they were asked
+    for, and `scored`, with a part for each wave of rollouts.
+    """
+
+    cuts: Sequence[Cut]
+    iteration: int
+    rollouts: Rollouts | None = None
+    rewrites: Future[Rewrites] | None = None
+    scored: Future[list[Scored]] | None = None
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """First and last global sample index."""
+        return self.cuts[0].sample_index, self.cuts[-1].sample_index
+
+    @property
+    def pending(self) -> PendingBatch | None:
+        """What only the weights that are there now can write; None where nothing was written."""
+        if self.rollouts is None:
+            return None
+        return PendingBatch(tuple(cut.sample_index for cut in self.cuts), self.rollouts)
+
+    def cancel(self) -> None:
+        """Give up what is asked about it."""
+        for future in (self.rewrites, self.scored):
+            if future is not None:
+                future.cancel()
 
 
 @dataclass(frozen=True)
@@ -68,14 +86,18 @@ class Preferences:
 
 
 class BatchMaker(Protocol):
-    """Turns the cuts of one iteration into rows to train on."""
+    """Turns the cuts of one iteration into rows to train on; all ranks make the same calls."""
 
     def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
         """Start what a coming iteration will need and what depends on its documents alone."""
         ...
 
-    def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:
-        """The rows of this iteration; called by all ranks."""
+    def begin(self, cuts: Sequence[Cut], iteration: int, written: Rollouts | None = None) -> BegunBatch:
+        """Write the rollouts of this iteration, unless they are `written`, and ask about them without waiting."""
+        ...
+
+    def finish(self, batch: BegunBatch) -> Preferences:
+        """The rows of a batch that was begun; waits for what was asked about it."""
         ...
 
     def forget(self) -> None:
@@ -96,9 +118,13 @@ class NextTokenMaker:
     def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
         """Nothing is asked of anybody."""
 
-    def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:  # noqa: ARG002  # the protocol's
+    def begin(self, cuts: Sequence[Cut], iteration: int, written: Rollouts | None = None) -> BegunBatch:  # noqa: ARG002  # the protocol's
+        """Nothing is written."""
+        return BegunBatch(cuts, iteration)
+
+    def finish(self, batch: BegunBatch) -> Preferences:
         """Prefix and suffix as one row."""
-        return Preferences(batch=ntp_batch(cuts, self.multiple))
+        return Preferences(batch=ntp_batch(batch.cuts, self.multiple))
 
     def forget(self) -> None:
         """Nothing was asked of anybody."""
@@ -127,11 +153,10 @@ class PreferenceMaker:
         self.tokenizer = tokenizer
         self.engine = engine
         self.services = services
-        preference = config.preference
-        self._screen = Screen(preference.screen_safety_below, preference.screen_repetition_above)
         self._watch = JudgeWatch(config, leader)
-        self._rewrites: dict[int, Future[list[str | Missing]]] = {}
+        self._rewrites: dict[int, Future[Rewrites]] = {}
         self._counted: dict[str, float] = {}
+        self._writing_seconds = 0.0
 
     def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
         """Ask for the rewrites of a coming iteration, which depend on the documents alone."""
@@ -146,54 +171,100 @@ class PreferenceMaker:
         longest = self.config.rewriter.rewriter_max_tokens or 2 * self.config.data.suffix_length
         self._rewrites[iteration] = self.services.submit_rewrites(requests, longest)
 
-    def make(self, cuts: Sequence[Cut], iteration: int) -> Preferences:
-        """The batch of this iteration.
+    def begin(self, cuts: Sequence[Cut], iteration: int, written: Rollouts | None = None) -> BegunBatch:
+        """Write the rollouts of this iteration; the questions of each wave leave while the next one is written.
+
+        `written` are rollouts of these cuts by earlier weights. They are taken if they are as many and as long as this
+        iteration wants.
+
+        Raises:
+            StopRequestedError: a rank was asked to stop, and the step is not finished; on all ranks alike.
+        """
+        started = time.perf_counter()
+        waves: list[Future[Scored]] = []
+        with self.boundaries.stage("rollout", iteration + 1, (cuts[0].sample_index, cuts[-1].sample_index)):
+            self.prefetch(cuts, iteration)
+            rewrites = self._rewrites.pop(iteration, None)
+            ask = partial(self._ask, waves, cuts, iteration, rewrites)
+            rollouts = self._write_rollouts(cuts, iteration, written, ask)
+            if rollouts is None:
+                ask(0, None)
+        self._writing_seconds += time.perf_counter() - started
+        scored = None if self.services is None else self.services.all_of(waves)
+        return BegunBatch(cuts, iteration, rollouts, rewrites, scored)
+
+    def _ask(
+        self,
+        waves: list[Future[Scored]],
+        cuts: Sequence[Cut],
+        iteration: int,
+        rewrites: Future[Rewrites] | None,
+        first: int,
+        rollouts: Rollouts | None,
+    ) -> None:
+        """On the leader, ask about the wave that begins at `first`, or where nothing was written about all cuts."""
+        if self.services is None:
+            return
+        wave = cuts if rollouts is None else cuts[first : first + len(rollouts.tokens)]
+        judges = self._judges(iteration)
+
+        def begin(texts: Rewrites | None) -> PoolScoring:
+            own = None if texts is None else texts[first : first + len(wave)]
+            pools, absent = make_pools(self.config, self.tokenizer, wave, rollouts, own)
+            return PoolScoring(self.config, judges, iteration, pools, absent)
+
+        waves.append(self.services.submit_rounds(begin, rewrites))
+
+    def finish(self, batch: BegunBatch) -> Preferences:
+        """The pairs of a batch; what is waited for is waited for by all ranks together.
 
         Raises:
             SipError: a server cannot be used at all, or too many verdicts are missing; on all ranks alike.
             StopRequestedError: a rank was asked to stop, and the step is not finished.
         """
-        stage, where = self.boundaries.stage, (iteration + 1, (cuts[0].sample_index, cuts[-1].sample_index))
+        stage, where = self.boundaries.stage, (batch.iteration + 1, batch.samples)
         started = time.perf_counter()
-        with stage("rollout", *where):
-            self.prefetch(cuts, iteration)
-            rollouts = self._write_rollouts(cuts, iteration)
-        rolled = time.perf_counter()
         with stage("rewrite", *where):
-            rewrites = self.leader.wait(self._rewrites.pop(iteration, None), self._trouble)
+            rewrites = self.leader.wait(batch.rewrites, partial(self._trouble, "rewriter"))
         rewritten = time.perf_counter()
         with stage("judge", *where):
-            pools, absent = self._pools(cuts, rollouts, rewrites)
-            scores, verdicts = self._score(pools, iteration)
-            self._watch.check(cuts, self.services, [] if rewrites is None else _lost_rewrites(pools, absent))
-        pairs = [
-            choose(self.config.training.objective, pool, own, self.config.training.seed)
-            for pool, own in zip(pools, scores, strict=True)
-        ]
+            parts = self.leader.wait(batch.scored, partial(self._trouble, "judge"))
+            scored = joined([] if parts is None else parts)
+            lost = [] if rewrites is None else _lost_rewrites(scored.pools, scored.absent)
+            self._watch.check(batch.cuts, self.services, scored.answers, lost)
+        objective, seed = self.config.training.objective, self.config.training.seed
+        pairs = [choose(objective, pool, own, seed) for pool, own in zip(scored.pools, scored.scores, strict=True)]
         judged = time.perf_counter()
         multiple = self.world.tp_size if self.config.parallel.sequence_parallel else 1
-        mine = collate(list(zip(cuts, pairs, strict=True)), width_multiple=multiple) if self.services else None
+        items = list(zip(batch.cuts, pairs, strict=True)) if self.services else []
+        mine = collate(items, width_multiple=multiple) if self.services else None
+        writing, self._writing_seconds = self._writing_seconds, 0.0
         return Preferences(
             batch=self.leader.tell(mine),
-            pools=pools,
-            scores=scores,
+            pools=scored.pools,
+            scores=scored.scores,
             pairs=pairs,
             metrics={
-                **self._metrics(pools, scores, pairs, absent),
-                **verdicts,
-                **(rollouts.metrics if rollouts and self.services else {}),
+                **self._metrics(scored, pairs, batch.iteration),
+                **(batch.rollouts.metrics if batch.rollouts and self.services else {}),
             },
             seconds={
-                "rollout": rolled - started,
-                "rewrite_wait": rewritten - rolled,
+                "rollout": writing,
+                "rewrite_wait": rewritten - started,
                 "judge_wait": judged - rewritten,
             },
             asked_of=self.services.asked_of() if self.services else {},
         )
 
-    def _trouble(self) -> str | None:
-        """What the services wait for, on a leader."""
-        return None if self.services is None else self.services.waits_for()
+    def _judges(self, iteration: int) -> list[JudgeSpec]:
+        """Who scores in this iteration, on the leader."""
+        if self.services is None or not needs_scores(self.config.training.objective):
+            return []
+        return self.services.judges(iteration)
+
+    def _trouble(self, role: Role) -> str | None:
+        """What the judges or the rewriter wait for, on a leader. Rewrites that are fetched ahead hold up no verdict."""
+        return None if self.services is None else self.services.waits_for(role)
 
     def forget(self) -> None:
         """Let go of the rewrites that are on their way."""
@@ -206,33 +277,47 @@ class PreferenceMaker:
         self.engine.close()
 
     def _metrics(
-        self,
-        pools: Sequence[Pool],
-        scores: Sequence[Scores | None],
-        pairs: Sequence[Pair | NoPair],
-        absent: Sequence[Sequence[Missing]],
+        self, scored: Scored, pairs: Sequence[Pair | NoPair], iteration: int
     ) -> dict[str, tuple[float, float]]:
         """What is known of the pools, on the leader; nothing elsewhere, so that nothing is counted twice."""
         if self.services is None:
             return {}
-        missing = float(sum(len(item) for item in absent))
+        pools, missing = float(len(scored.pools)), float(sum(len(item) for item in scored.absent))
         stats = self.services.stats()
         trims = stats.get("judge_prompt_trims", 0.0) + stats.get("rewriter_prompt_trims", 0.0)
         return {
-            **pool_metrics(pools, scores, pairs),
-            "candidates/missing": (missing, float(len(pools))),
-            "judge/prompts_trimmed": (self._fresh("trims", trims), float(len(pools))),
-            "judge/from_journal": (self._fresh("journal", stats["from_journal"]), float(len(pools))),
-            "judge/from_cache": (self._fresh("cache", stats["from_cache"]), float(len(pools))),
+            **pool_metrics(scored.pools, scored.scores, pairs),
+            "candidates/missing": (missing, pools),
+            "judge/prompts_trimmed": (self._fresh("trims", trims), pools),
+            "judge/from_journal": (self._fresh("journal", stats["from_journal"]), pools),
+            "judge/from_cache": (self._fresh("cache", stats["from_cache"]), pools),
+            **verdict_metrics(self.config, scored, self._judges(iteration)),
         }
 
     def _fresh(self, name: str, total: float) -> float:
-        """What a running total has gained since the last call, by prefetched rewrites too."""
+        """What a running total has gained since the last call, by later batches that are under way too."""
         fresh = total - self._counted.get(name, 0.0)
         self._counted[name] = total
         return fresh
 
-    def _write_rollouts(self, cuts: Sequence[Cut], iteration: int) -> Rollouts | None:
+    def _write_rollouts(
+        self, cuts: Sequence[Cut], iteration: int, written: Rollouts | None, on_wave: OnWave
+    ) -> Rollouts | None:
+        """The rollouts of this iteration, which `on_wave` hears of; None where it writes none."""
+        sampling = self._sampling(iteration)
+        if sampling is None:
+            return None
+        prefixes, samples = [cut.prefix for cut in cuts], [cut.sample_index for cut in cuts]
+        if written is None or written.tokens.shape[1:] != (sampling.num_rollouts, sampling.max_new_tokens):
+            return self.engine.generate(prefixes, samples, sampling, on_wave)
+        size = self.config.rollout.rollout_batch_size or len(cuts)
+        for first in range(0, len(cuts), size):
+            wave = slice(first, first + size)
+            on_wave(first, Rollouts(written.tokens[wave], written.lengths[wave]))
+        return written
+
+    def _sampling(self, iteration: int) -> Sampling | None:
+        """How the rollouts of this iteration are drawn; None where it has none."""
         count = active_rollouts(self.config.preference, self.config.rollout, iteration)
         if self.config.training.objective == "sft-rewrite" or count == 0:
             return None
@@ -240,7 +325,7 @@ class PreferenceMaker:
             return None
         if not needs_scores(self.config.training.objective):
             count = 1  # nothing chooses among rollouts, so one is what the baseline trains on
-        sampling = Sampling(
+        return Sampling(
             num_rollouts=count,
             max_new_tokens=self.config.data.suffix_length,
             temperature=self.config.rollout.temperature,
@@ -249,94 +334,6 @@ class PreferenceMaker:
             stop_at_eod=self.config.rollout.rollout_stop_at_eod,
             seed=self.config.training.seed,
         )
-        return self.engine.generate([cut.prefix for cut in cuts], [cut.sample_index for cut in cuts], sampling)
-
-    def _pools(
-        self, cuts: Sequence[Cut], rollouts: Rollouts | None, rewrites: list[str | Missing] | None
-    ) -> tuple[list[Pool], list[list[Missing]]]:
-        """Pools of all cuts, on the leader; nothing elsewhere."""
-        if self.services is None:
-            return [], []
-        objective = self.config.training.objective
-        members = self.config.preference.pool if needs_scores(objective) else ("rewrite", "rollout")
-        pools, absent = [], []
-        for index, cut in enumerate(cuts):
-            rows = [rollouts.row(index, k) for k in range(rollouts.tokens.shape[1])] if rollouts else []
-            rewrite = None if rewrites is None else rewrites[index]
-            pool, missing = build_pool(cut, members, rows, rewrite, self.config.data.suffix_length, self.tokenizer)
-            pools.append(pool)
-            absent.append(missing)
-        return pools, absent
-
-    def _score(self, pools: Sequence[Pool], iteration: int) -> tuple[list[Scores | None], dict[str, SumCount]]:
-        """Ask the judges in the rounds of the scoring plan; all ranks wait together.
-
-        The scores, and metrics of the verdicts they rest on; both empty off the leaders.
-        """
-        if not needs_scores(self.config.training.objective):
-            return [None] * len(pools), {}
-        judges = self.services.judges(iteration) if self.services else []
-        plans = [self._plan(pool, judges, iteration) for pool in pools]
-        answers: list[Answers] = [{} for _ in pools]
-        while True:
-            questions = next_rounds(plans, answers)
-            if not self.leader.any(any(questions)):
-                break
-            future = self.services.submit_answers(pools, questions) if self.services else None
-            answered = self.leader.wait(future, self._trouble)
-            for given, fresh in zip(answers, answered or [], strict=True):
-                given.update(fresh)
-        stopped = [self._stopped(pool, given, judges) for pool, given in zip(pools, answers, strict=True)]
-        scores: list[Scores | None] = [
-            self._combined(pool, given, judges, out, iteration)
-            for pool, given, out in zip(pools, answers, stopped, strict=True)
-        ]
-        if self.services is None:
-            return scores, {}
-        screened = float(sum(len(out) for out in stopped))
-        metrics = {**position_metrics(answers), "candidates/screened": (screened, float(len(pools)))}
-        if self.config.preference.scoring == "adaptive":
-            metrics |= fitted_bias([len(distinct(pool.candidates)) for pool in pools], answers, judges)
-        return scores, metrics
-
-    def _plan(self, pool: Pool, judges: Sequence[JudgeSpec], iteration: int) -> ScoringPlan:
-        def plan(candidates: Sequence[Candidate]) -> ScoringPlan:
-            return plan_scoring(
-                self.config.preference.scoring,
-                candidates,
-                distinct(candidates),
-                judges,
-                seed=self.config.training.seed,
-                sample_index=pool.sample_index,
-                adaptive=adaptive_settings(self.config.preference),
-                bonus=[score_bonus(self.config.preference, candidate.kind, iteration) for candidate in candidates],
-            )
-
-        if not self._screen:
-            return plan(pool.candidates)
-        unique = distinct_pool(pool).candidates
-        return ScreenedPlan(self._screen, unique, judges, lambda members: plan([unique[index] for index in members]))
-
-    def _stopped(self, pool: Pool, answers: Answers, judges: Sequence[JudgeSpec]) -> frozenset[int]:
-        """The distinct candidates of a pool that a screen kept from being compared."""
-        if not self._screen or not any(judge.pairwise for judge in judges):
-            return frozenset()
-        return self._screen.stopped(distinct_pool(pool).candidates, answers, judges)
-
-    def _combined(
-        self, pool: Pool, answers: Answers, judges: Sequence[JudgeSpec], stopped: frozenset[int], iteration: int
-    ) -> Scores:
-        """Verdicts of the distinct candidates to scores of the whole pool."""
-        unique = distinct(pool.candidates)
-        planned: list[Question] = list(answers)
-        preference = self.config.preference
-        combined = partial(
-            combine,
-            min_answered_fraction=preference.min_answered_fraction,
-            pairwise_scores=scores_for(preference.scoring),
-        )
-        scores = screened_scores(stopped, len(unique), planned, answers, judges, combined)
-        return apply_bonus(unique.spread(scores), pool, preference, iteration)
 
 
 def _lost_rewrites(pools: Sequence[Pool], absent: Sequence[Sequence[Missing]]) -> list[Missing | None]:

@@ -135,7 +135,7 @@ class Reporter:
         self._pending.clear()
         self._forget_interval()
         if self._audit:
-            self._audit.write(rollback_record(done.from_iteration, done.to_iteration, done.reason, done.jumped))
+            self._audit.write(rollback_record(done))
         if self._sinks:
             self._sinks.rewind(done.to_iteration)
         if self._samples:

@@ -9,12 +9,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from megatron_sip.checkpoint.latest import candidates, checkpoint_folder, newest_whole, saved_iterations, written_at
+from megatron_sip.checkpoint.latest import (
+    candidates,
+    checkpoint_folder,
+    newest_whole,
+    same_folder,
+    saved_iterations,
+    written_at,
+)
 from megatron_sip.checkpoint.manifest import RUN_CONFIG, DamagedError, listed, require_bytes
 from megatron_sip.checkpoint.retain import clean
 from megatron_sip.config.groups import Config
@@ -23,35 +30,64 @@ from megatron_sip.errors import CheckpointError
 from megatron_sip.parallel.meeting import launch_store
 
 
-def continued(config: Config, say: Callable[[str], None]) -> Config:
-    """The configuration of this start of the ranks, for the main rank.
+@dataclass(frozen=True)
+class Start:
+    """How a start of the ranks begins.
 
-    Under `--max-restarts` every start has the same command line, with `--load` of the weights that the first one began
-    with. Once this launch has written a checkpoint, that is what a later start loads. `say` hears which way was taken.
+    config  its configuration
+    named   the iteration to begin with in the folder of `--load`; None: what the latest file says
+    among   the iterations there that may be loaded; None: all
+    """
+
+    config: Config
+    named: int | None = None
+    among: frozenset[int] | None = None
+
+    def behind(self, iteration: int) -> frozenset[int]:
+        """The checkpoints in the folder of `--save` that led to where the run stands; for the main rank.
+
+        `iteration` is that of the loaded checkpoint. None of them where the run began with that of another folder.
+        """
+        load, save = self.config.checkpoint.load, self.config.checkpoint.save
+        if load is None or iteration == 0 or not same_folder(load, save):
+            return frozenset()
+        # One of iteration 0 holds the policy alone, so there is no way back to it.
+        return frozenset(candidates(Path(load), iteration, self.among)) - {0}
+
+
+def continued(config: Config, say: Callable[[str], None]) -> Start:
+    """How this start of the ranks begins, for the main rank.
+
+    Every start has the same command line, be it by `--max-restarts` or for a node that came or left, with `--load` of
+    the weights that the first one began with. Once this launch has written a checkpoint, that is what a later start
+    loads. `say` hears which way was taken.
 
     Raises:
         CheckpointError: the folder of `--save` is damaged.
     """
-    save, start = config.checkpoint.save, _start()
-    if save is None or start == 0:
-        return config
-    root = Path(save)
+    save = config.checkpoint.save
+    if save is None or not _later(Path(save)):
+        return Start(config)
+    root, which = Path(save), f"restart {_start()} of the ranks" if _start() else "a new start of the ranks"
     try:
         if root.is_dir():
             clean(root)  # a kill between the two renames of a save leaves the named folder under another name
     except OSError as error:
         raise CheckpointError(f"cannot put --save {root} in order: {error}; mend its rights") from error
     own = _of_this_launch(root)
-    # What an earlier run left may be damaged; nobody asked for it.
-    iterations = [iteration for iteration in candidates(root) if iteration in own] if own else []
-    iteration = newest_whole(root, say, _listing_problem, iterations)
+    # What an earlier run left is no way to go on, and may be damaged, unless the command line asks for it.
+    goes_on = same_folder(root, config.checkpoint.load) and not config.checkpoint.finetune
+    among = None if goes_on else frozenset(own)
+    iteration = newest_whole(root, say, _listing_problem, candidates(root, among=among) if own else [])
     if iteration is None:
-        say(f"restart {start} of the ranks: this launch saved nothing in {root} yet, so they begin as at first")
-        return config
-    say(f"restart {start} of the ranks: this launch saved iteration {iteration} in {root}, so they go on from there")
+        say(f"{which}: this launch saved nothing in {root} yet, so they begin as at first")
+        return Start(config)
+    whose = "saved" if iteration in own else "found"
+    say(f"{which}: this launch {whose} iteration {iteration} in {root}, so they go on from there")
     # The sizes of the model may have come from the folder of --load.
     model = load_run_config(checkpoint_folder(root, iteration) / RUN_CONFIG).model
-    return replace(config, model=model, checkpoint=replace(config.checkpoint, load=save, finetune=False))
+    checkpoint = replace(config.checkpoint, load=save, finetune=False)
+    return Start(replace(config, model=model, checkpoint=checkpoint), iteration, among)
 
 
 def note_found(config: Config) -> None:
@@ -69,8 +105,13 @@ def note_found(config: Config) -> None:
 
 
 def _start() -> int:
-    """How often torchrun has started the ranks again."""
+    """How often torchrun has started the ranks again, without the times when only a node came or left."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _later(root: Path) -> bool:
+    """Whether this is not the first start of its launch: by torchrun's count, or by the note of an earlier start."""
+    return _start() > 0 or _found(root) is not None
 
 
 def _of_this_launch(root: Path) -> set[int]:

@@ -33,12 +33,16 @@ class BadStep:
 
 @dataclass(frozen=True)
 class Rollback:
-    """What a rollback did: from the end of which iteration to that of which, why, and which samples are left out."""
+    """What a rollback did: from the end of which iteration to that of which, why, and which samples are left out.
+
+    `next_sample` is the first that is taken then.
+    """
 
     from_iteration: int
     to_iteration: int
     reason: str
     jumped: Ranges
+    next_sample: int
 
 
 class Recovery:
@@ -113,10 +117,12 @@ class Recovery:
         if self._rollbacks:
             faults.append((next_sample(loaded.consumed_samples, loaded.jumped), max(stop for _, stop in faults)))
         fresh = merged(faults)
-        done = Rollback(now.iteration, loaded.iteration, self._reason(), fresh)
+        jumped = merged([*loaded.jumped, *now.jumped, *fresh])
+        first = next_sample(loaded.consumed_samples, jumped)
+        done = Rollback(now.iteration, loaded.iteration, self._reason(), fresh, first)
         self._rollbacks += 1
         self._bad.clear()
-        return replace(loaded, jumped=merged([*loaded.jumped, *now.jumped, *fresh])), done
+        return replace(loaded, jumped=jumped), done
 
     def _reason(self) -> str:
         counts = Counter(step.reason for step in self._bad)

@@ -16,11 +16,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_sip.config.groups import Config
 from megatron_sip.loss.logprob import token_logprobs
 from megatron_sip.loss.reduce import GlobalCounts, LossWeights, ObjectiveTerms, local_counts, objective_terms
-from megatron_sip.loss.segments import ReferenceLogps, SegmentLogps, segment_sums
+from megatron_sip.loss.segments import ReferenceLogps, SegmentLogps, of_pairs, segment_sums
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.model.reference import ReferencePolicy
 from megatron_sip.parallel.world import World
 from megatron_sip.preference.layout import ScoredTokens, position_ids, scored_tokens
+from megatron_sip.preference.unshared import scored_in_two_rows, two_rows
 from megatron_sip.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_sip.training.spikes import SpikeRule
 from megatron_sip.types import PreferenceBatch
@@ -45,12 +46,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """A slice of rows, its layout on the host, and where it is scored; tensors are on the device.
+    """A slice of pairs, the rows that the model reads, their layout on the host, and where they are scored.
 
+    Tensors are on the device. `rows` are the pairs themselves, or two rows for each (`--no-shared-prefix`).
     `reference` is None on all stages but the last, and for objectives without one.
     """
 
     batch: PreferenceBatch
+    rows: PreferenceBatch
     layout: torch.Tensor
     scored: ScoredTokens
     reference: ReferenceLogps | None
@@ -81,6 +84,11 @@ class PolicyTrainer:
         self.optimizer.reload_model_params()
         if self.reference:
             self.reference.copy_policy()
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether a pair is one row; that of an objective without a rejected suffix always is."""
+        return self.config.training.shared_prefix or not self.weights.dpo
 
     @property
     def learning_rate(self) -> float:
@@ -160,7 +168,8 @@ class PolicyTrainer:
         return None if logps is None else ReferenceLogps(logps.chosen, logps.rejected)
 
     def _sums(self, logits: torch.Tensor, micro: _MicroBatch) -> SegmentLogps:
-        return segment_sums(token_logprobs(logits, micro.scored.target), micro.scored, micro.batch.rows)
+        sums = segment_sums(token_logprobs(logits, micro.scored.target), micro.scored, micro.rows.rows)
+        return sums if self.shares_prefix else of_pairs(sums)
 
     def _loss(self, counts: GlobalCounts) -> Callable[..., Any]:
         """The objective as megatron-core's schedules call it: summed loss, count, metrics."""
@@ -194,35 +203,40 @@ class PolicyTrainer:
         def forward_step(micros: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             self.before_micro_batch()
             micro = next(micros)
-            positions = position_ids(micro.layout, micro.batch.width).to(self.world.device)
-            out = model(micro.batch.tokens, positions, micro.layout, (micro.scored.row, micro.scored.source))
+            positions = position_ids(micro.layout, micro.rows.width).to(self.world.device)
+            out = model(micro.rows.tokens, positions, micro.layout, (micro.scored.row, micro.scored.source))
             return out, lambda logits, **schedule: on_logits(logits, micro, **schedule)
 
         self.before_pass()
         size = self.config.training.micro_batch_size
+        if batch.rows % size:
+            raise ValueError(f"{batch.rows} rows do not split into micro-batches of {size}")
+        multiple = self.world.tp_size if self.config.parallel.sequence_parallel else 1
+        rows = batch if self.shares_prefix else two_rows(batch, multiple)
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=self._micro_batches(batch, reference),
+                data_iterator=self._micro_batches(batch, rows, reference),
                 model=[self.ddp],
                 num_microbatches=batch.rows // size,
-                seq_length=batch.width,
-                micro_batch_size=size,
+                seq_length=rows.width,
+                micro_batch_size=size * rows.rows // batch.rows,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
             )
 
-    def _micro_batches(self, batch: PreferenceBatch, reference: ReferenceLogps | None) -> Iterator[_MicroBatch]:
-        size = self.config.training.micro_batch_size
-        if batch.rows % size:
-            raise ValueError(f"{batch.rows} rows do not split into micro-batches of {size}")
+    def _micro_batches(
+        self, batch: PreferenceBatch, rows: PreferenceBatch, reference: ReferenceLogps | None
+    ) -> Iterator[_MicroBatch]:
+        size, each, device = self.config.training.micro_batch_size, rows.rows // batch.rows, self.world.device
+        score = scored_tokens if self.shares_prefix else scored_in_two_rows
         for start in range(0, batch.rows, size):
-            part = batch.slice(start, start + size)
-            scored = scored_tokens(part, with_prefix=self.weights.ntp > 0)
-            rows = slice(start, start + size)
-            own = None if reference is None else ReferenceLogps(reference.chosen[rows], reference.rejected[rows])
-            device = self.world.device
-            yield _MicroBatch(part.to(device), part.layout(), scored.to(device), own)
+            stop = start + size
+            read = rows.slice(each * start, each * stop)
+            scored = score(read, with_prefix=self.weights.ntp > 0)
+            own = None if reference is None else reference.slice(start, stop)
+            pairs = batch.slice(start, stop).to(device)
+            yield _MicroBatch(pairs, read.to(device), read.layout(), scored.to(device), own)
 
     def _global_counts(self, batch: PreferenceBatch) -> GlobalCounts:
         """Valid pairs and trained tokens of the whole global batch."""

@@ -233,6 +233,24 @@ class LayoutCheck:
                 assert right < self.gradient_limit, f"micro-batch {size}: a gradient is {right:.1e} of its norm away"
         self.trainer.config = self.config
 
+    def unshared(self) -> None:
+        """Two rows a pair give the same log-probabilities and the same gradient as one row does."""
+        reference = self.trainer.reference_logps(self.batch)
+        shared = self.gradients(self.batch, reference), self.loss
+        kept = [p.main_grad.clone() for p in self.policy.parameters()]
+        self.trainer.config = replace(self.config, training=replace(self.config.training, shared_prefix=False))
+        self.logprobs()
+        again = self.trainer.reference_logps(self.batch)
+        own = self.gradients(self.batch, again), self.loss
+        worst = max(
+            float((p.main_grad - old).norm() / old.norm())
+            for p, old in zip(self.policy.parameters(), kept, strict=True)
+        )
+        self.trainer.config = self.config
+        assert own[0] < self.gradient_limit, f"two rows a pair: a gradient is {own[0]:.1e} of its norm away"
+        assert abs(own[1] - shared[1]) < self.gradient_limit
+        assert worst < self.gradient_limit, f"one row and two rows a pair: gradients differ by {worst:.1e} of the norm"
+
 
 def main() -> None:
     folder, tp, pp, sequence_parallel, micro, samples, *precision = sys.argv[1:]
@@ -244,6 +262,7 @@ def main() -> None:
     check.logprobs()
     check.step()
     check.micro_batches()
+    check.unshared()
     check.skips_non_finite()
     print(f"rank {check.world.rank}: passed", flush=True)
     world_module.stop()

@@ -9,6 +9,7 @@ A case of CASES.json has besides what `check_commands.py` reads:
     fault     {"samples": [...], "factor": f}: the loss of every micro-batch that holds one of them is multiplied by f;
               with "damaged": i a byte of the checkpoint of iteration i changes right before a rollback reads it
               {"poisoned_at": n, "rank": r}: one weight of rank r is nan from the n-th training step of the process on
+              {"stopped_at": n, "rank": r}: rank r gets SIGTERM when the n-th training step of the process begins
               {"jumped": [[start, stop], ...]}: the run is told from its start to leave these samples out
               null: nothing
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -70,17 +72,30 @@ def poisoned_weight(at: int, rank: int) -> Any:
     return replaced(step.PolicyTrainer, "step", poisoned)
 
 
+def stopped(at: int, rank: int) -> Any:
+    """A training step in whose beginning one rank is told to end."""
+    proper, calls = step.PolicyTrainer.step, [0]
+
+    def stopping(trainer: Any, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at and trainer.world.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return proper(trainer, *arguments)
+
+    return replaced(step.PolicyTrainer, "step", stopping)
+
+
 def damaged_on_disk(iteration: int) -> Any:
     """A checkpoint whose bytes change before a rollback to it."""
     proper = course.choose
 
-    def choose(root: Path, world: Any, *arguments: Any, named: int) -> Any:
+    def choose(root: Path, world: Any, *arguments: Any, named: int, **settings: Any) -> Any:
         if named == iteration and world.is_main:
             [*_, file] = sorted((root / f"iter_{iteration:07d}").glob("*.distcp"))
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 1
             file.write_bytes(content)
-        return proper(root, world, *arguments, named=named)
+        return proper(root, world, *arguments, named=named, **settings)
 
     return replaced(course, "choose", choose)
 
@@ -89,8 +104,8 @@ def told_to_jump(jumped: list[list[int]]) -> Any:
     """A run that leaves samples out from its start."""
     proper = assemble.load_checkpoint
 
-    def load(*arguments: Any) -> Any:
-        return replace(proper(*arguments), jumped=tuple((start, stop) for start, stop in jumped))
+    def load(*arguments: Any, **settings: Any) -> Any:
+        return replace(proper(*arguments, **settings), jumped=tuple((start, stop) for start, stop in jumped))
 
     return replaced(assemble, "load_checkpoint", load)
 
@@ -105,6 +120,8 @@ def fault(of: dict[str, Any] | None) -> Iterator[None]:
         context = faulty_samples(of["samples"], float(of["factor"]))
     elif "poisoned_at" in of:
         context = poisoned_weight(of["poisoned_at"], of["rank"])
+    elif "stopped_at" in of:
+        context = stopped(of["stopped_at"], of["rank"])
     else:
         context = told_to_jump(of["jumped"])
     with context, damaged_on_disk(of["damaged"]) if "damaged" in of else ExitStack():

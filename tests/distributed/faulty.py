@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from spawn import ROOT, free_port, worker_environment
+from launches import Launcher, alive, living
 
 Attempts = Sequence[Sequence[dict[str, Any]]]
 START_SECONDS = 240.0
 """From a launch or a restart to a fault, on a busy machine."""
-_TOKEN = "SIP_FAULT_RUN"
 
 
 class Faulty:
-    """One torchrun over ranks with faults; `attempts` as in `fault_main.py`."""
+    """One launch of ranks with faults; `attempts` as in `fault_main.py`."""
 
-    def __init__(
-        self, folder: Path, ranks: int, attempts: Sequence[Sequence[dict[str, Any]]], flags: Sequence[str]
-    ) -> None:
-        self.folder, self.ranks, self.token = folder, ranks, uuid.uuid4().hex
+    def __init__(self, launcher: Launcher, folder: Path, ranks: int, attempts: Attempts, flags: Sequence[str]) -> None:
+        self.folder, self.ranks, self._launcher = folder, ranks, launcher
         self.log = folder / "output.txt"
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-        launch += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", f"--max-restarts={len(attempts) - 1}"]
         plan = json.dumps({"folder": str(folder), "attempts": list(attempts)})
-        command = [*launch, str(Path(__file__).with_name("fault_main.py")), plan, *flags]
-        with self.log.open("w") as out:
-            environment = worker_environment(**{_TOKEN: self.token})
-            self.agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+        script = str(Path(__file__).with_name("fault_main.py"))
+        self.agent = launcher.start(ranks, len(attempts) - 1, [script, plan, *flags], self.log)
 
     def said(self) -> str:
         """All its output."""
@@ -43,13 +33,7 @@ class Faulty:
 
     def processes(self) -> list[psutil.Process]:
         """What lives of the ranks and of what they started."""
-        return [one for one in psutil.process_iter() if one.pid != self.agent.pid and self._owns(one) and alive(one)]
-
-    def _owns(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get(_TOKEN) == self.token
-        except psutil.Error:
-            return False
+        return living(self._launcher, self.agent)
 
     def pids(self, attempt: int) -> list[int]:
         """The ranks of an attempt."""
@@ -86,26 +70,17 @@ class Faulty:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        if self.agent.poll() is None:
-            self.agent.kill()
+        self.agent.kill()
         self.agent.wait(30)
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that only waits to be reaped does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @contextmanager
 def launched(
-    folder: Path, ranks: int, attempts: Sequence[Sequence[dict[str, Any]]], flags: Sequence[str]
+    launcher: Launcher, folder: Path, ranks: int, attempts: Attempts, flags: Sequence[str]
 ) -> Iterator[Faulty]:
     """A launch of which nothing is left behind the context."""
     folder.mkdir(parents=True, exist_ok=True)
-    launch = Faulty(folder, ranks, attempts, flags)
+    launch = Faulty(launcher, folder, ranks, attempts, flags)
     try:
         yield launch
     finally:

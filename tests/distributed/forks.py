@@ -43,9 +43,9 @@ class _ForkedAgent:
         while self.poll() is None:
             time.sleep(0.01)
 
-    def wait(self, seconds: float) -> int | None:
-        """The exit status; None if it still runs after so long."""
-        deadline = time.monotonic() + seconds
+    def wait(self, timeout: float) -> int | None:
+        """The exit status; None if it still runs after so many seconds."""
+        deadline = time.monotonic() + timeout
         while (status := self.poll()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
         return status
@@ -103,7 +103,7 @@ def _answer(process: subprocess.Popen) -> str:
 
 
 @cache
-def _shared() -> Forked:
+def shared() -> Forked:
     """One for all tests of this process."""
     launcher = Forked()
     atexit.register(launcher.close)
@@ -116,7 +116,7 @@ def forked(
     """As `spawn.torchrun`, without its imports: run `command` on `world_size` ranks of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        agent = _shared().order(world_size, command, out=out, err=err, environment=environment)
+        agent = shared().order(world_size, command, out=out, err=err, environment=environment)
         family = psutil.Process(agent.pid)
         status = agent.wait(timeout)
         if status is None:

@@ -33,6 +33,10 @@ class Agent(Protocol):
         """End it, if it runs."""
         ...
 
+    def wait(self, timeout: float) -> int | None:
+        """Its exit status, when it has ended."""
+        ...
+
 
 class Launcher(Protocol):
     """Starts agents. `token` is in the environment of all their processes, `own` are pids that are none of a launch."""
@@ -69,6 +73,19 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+def living(launcher: Launcher, agent: Agent) -> list[psutil.Process]:
+    """All that runs with the token of a launcher, orphans included, but the agent and the launcher's own."""
+    others = launcher.own | {agent.pid}
+    return [one for one in psutil.process_iter() if one.pid not in others and _bears(one, launcher.token)]
+
+
+def _bears(process: psutil.Process, token: str) -> bool:
+    try:
+        return process.environ().get(TOKEN) == token and alive(process)
+    except psutil.Error:  # it ended meanwhile, or is another user's
+        return False
+
+
 class Launch:
     """An agent and whatever was started below it, found by the token in its environment, orphans included."""
 
@@ -78,14 +95,7 @@ class Launch:
 
     def processes(self) -> list[psutil.Process]:
         """What lives of the ranks and of what they started; not the agent."""
-        others = self._launcher.own | {self.agent.pid}
-        return [one for one in psutil.process_iter() if one.pid not in others and self._owns(one) and alive(one)]
-
-    def _owns(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get(TOKEN) == self._launcher.token
-        except psutil.Error:  # it ended meanwhile, or is another user's
-            return False
+        return living(self._launcher, self.agent)
 
     def require_running(self) -> None:
         """Fail with the launch's own words if it ended by itself."""

@@ -157,8 +157,8 @@ def strike(board: Board, launch: Launch, aim: Aim) -> Mark:
         time.sleep(fraction * board.usual_seconds(aim.rank, aim.stage))
         if visit and _visit(board.read(aim.rank), aim) == visit:
             return kill(board, launch, aim.rank)
-        # Too late for this visit; sooner at the next.
-        missed, fraction = missed | {visit}, fraction / 2
+        # Too late for this visit, since what the journal answers takes no time; at once at the next.
+        missed, fraction = missed | {visit}, 0.0
 
 
 def _visit(mark: Mark, aim: Aim) -> int:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import re
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import Faulty, alive, launched
+from faulty import Faulty, launched
+from launches import Torchrun, alive
 from spawn import complaint, torchrun
 from tiny_corpus import make_corpus
 from tiny_run import DATA, MODEL, TRAINING
@@ -63,7 +63,7 @@ def test_no_rank_waits_for_ever(tmp_path: Path, corpus: list[str]) -> None:
         fault("nothing", 0, "rollout", 6),
     ]
     flags = flags_of(corpus, tmp_path / "saved", *TP2, "--stage-timeout", "480", f"train={HANG}")
-    with launched(tmp_path, 2, attempts, flags) as launch:
+    with launched(Torchrun(), tmp_path, 2, attempts, flags) as launch:
         killed = end_of(launch, 0, GONE_SECONDS)
         assert re.search(r"rank 1 is gone \(process \d+ on .* was killed or crashed\), last heard of in stage ", killed)
 
@@ -79,7 +79,7 @@ def test_no_rank_waits_for_ever(tmp_path: Path, corpus: list[str]) -> None:
         family = launch.processes()
         assert len(family) >= 2
         began = time.monotonic()
-        launch.agent.send_signal(signal.SIGKILL)
+        launch.agent.kill()
         launch.until(lambda: not any(alive(one) for one in family), "the end of the orphans", GONE_SECONDS)
         print(f"orphans gone after {time.monotonic() - began:.1f} s")
         assert "the launcher ended without a word" in launch.said()
@@ -119,7 +119,7 @@ def test_hangs_are_told_apart(tmp_path: Path, corpus: list[str]) -> None:
         fault("sleep", 0, "report", 6),
     ]
     limits = ("--stage-timeout", "480", f"train={HANG}", f"report={HANG}", "--sigterm-grace", "0")
-    with launched(tmp_path, 2, attempts, flags_of(corpus, tmp_path / "saved", *PP2, *limits)) as launch:
+    with launched(Torchrun(), tmp_path, 2, attempts, flags_of(corpus, tmp_path / "saved", *PP2, *limits)) as launch:
         asleep = end_of(launch, 0, HANG + GONE_SECONDS)
         assert re.search(r"no progress for 6 s in .*: rank 1 \(process .* is in .*fault_main.py:\d+ in commit", asleep)
         assert "in stage train of iteration 3 (samples 8 to 11)" in asleep

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from fake_server import FakeServer
-from spawn import ROOT, free_port, worker_environment
+from forks import forked
 from tiny_corpus import make_corpus
 from tiny_run import DATA, MODEL, TRAINING
 
@@ -33,11 +31,7 @@ def test_a_run_with_two_pairwise_judges_a_reward_model_and_a_screen(tmp_path: Pa
         flags += ["--judge-set", f"quality-b.url={second.url}", "quality-b.kind=quality", "quality-b.reading=generate"]
         flags += ["quality-b.votes=2", f"reward.url={second.url}", "reward.weight=0.5"]
         flags += ["--screen-safety-below", "0.9", "--pool", "rollout"]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-        launch += [f"--master-port={free_port()}", "-m", "megatron_sip.pretrain", *flags]
-        done = subprocess.run(
-            launch, cwd=ROOT, env=worker_environment(), capture_output=True, text=True, timeout=300, check=False
-        )
+        done = forked(2, "-m", "megatron_sip.pretrain", *flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for line in records(metrics):
         for judge in ("quality", "quality-b", "reward", "classifier"):

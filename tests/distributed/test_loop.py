@@ -107,7 +107,7 @@ def test_other_data_settings_refuse_to_resume(runs: Runs, unbroken: list[dict]) 
 def test_next_token_prediction_and_rf_nll_share_the_loop(runs: Runs) -> None:
     """The first run has no end but its time limit: it saves what it trained and leaves well."""
     base = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--lr-decay-iters", "4")
-    limit = ("--train-iters", "1000000", "--exit-duration-in-mins", "0.1")
+    limit = ("--train-iters", "1000000", "--exit-duration-in-mins", "0.15")
     ntp = runs("ntp", 2, *base, *limit, "--objective", "ntp", "--lr", "1e-2")
     assert ntp[-1]["loss"] < ntp[0]["loss"]
     last = ntp[-1]["iteration"]

@@ -5,12 +5,11 @@ A classifier in the process scores the candidates. tests/integration/test_murder
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from forks import Forked
+from forks import shared
 from launches import Launcher, Torchrun
 from murder import AIMED, Course, broken, check_losses, plan, table, unbroken
 from repeats import differences, record_differences, records, tensor_differences
@@ -26,13 +25,6 @@ VARIANTS = {
     "tp2-async": ("--tensor-model-parallel-size 2 --async-save --keep-last-n 2", 10, 9),
 }
 """Flags, how many ranks are killed, and the seed of when and where; the ordinary trial has seed 5."""
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    launcher = Forked()
-    yield launcher
-    launcher.close()
 
 
 def course(root: Path, name: str, layout: str) -> Course:
@@ -61,8 +53,8 @@ def murder(launcher: Launcher, root: Path, layout: str, *, seed: int, kills: int
     assert differences(whole, pieces) == []
 
 
-def test_five_kills_change_nothing(forked: Forked, tmp_path: Path) -> None:
-    murder(forked, tmp_path, VARIANTS["tp2"][0], seed=5, kills=5, restarts=3)
+def test_five_kills_change_nothing(tmp_path: Path) -> None:
+    murder(shared(), tmp_path, VARIANTS["tp2"][0], seed=5, kills=5, restarts=3)
 
 
 @pytest.mark.nightly

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from fake_server import FakeServer, hang
 from faulty import launched
+from forks import shared
 from spawn import ROOT, free_port, worker_environment
 from tiny_corpus import make_corpus
 from tiny_run import DATA, MODEL, TRAINING
@@ -105,7 +106,7 @@ def test_a_step_is_finished_in_the_grace_or_discarded_and_a_second_signal_ends_a
             "flags": ["--sigterm-grace", "60"],
         },
     ]
-    with launched(tmp_path / "run", 2, [runs], flags) as launch:
+    with launched(shared(), tmp_path / "run", 2, [runs], flags) as launch:
         status = launch.agent.wait(2 * DEADLINE)
         seconds = launch.ended_at() - launch.fault_time(0)
         assert launch.processes() == []
@@ -128,11 +129,10 @@ def test_a_step_is_finished_in_the_grace_or_discarded_and_a_second_signal_ends_a
     ("layout", "slow_from", "most"),
     [
         # Given up before the next micro-batch.
-        (TP2, 3, 3 + 10),
+        pytest.param(TP2, 3, 3 + 10, id="TP2"),
         # Given up behind the pass of 15 s: the one of iteration 2 has told how long that takes.
-        (("--pipeline-model-parallel-size", "2"), 2, 15 + 10),
+        pytest.param(("--pipeline-model-parallel-size", "2"), 2, 15 + 10, id="PP2", marks=pytest.mark.nightly),
     ],
-    ids=["TP2", "PP2"],
 )
 def test_a_signal_early_in_a_train_stage_that_outlasts_the_grace_loses_nothing(
     tmp_path: Path, layout: tuple[str, str], slow_from: int, most: float
@@ -147,7 +147,7 @@ def test_a_signal_early_in_a_train_stage_that_outlasts_the_grace_loses_nothing(
         "slow_from": slow_from,
         "faults": [{"do": "SIGTERM", "rank": 1, "stage": "backward", "iteration": 3}],
     }
-    with launched(tmp_path / "run", 2, [[run]], flags) as launch:
+    with launched(shared(), tmp_path / "run", 2, [[run]], flags) as launch:
         status = launch.agent.wait(2 * DEADLINE)
         seconds = launch.ended_at() - launch.fault_time(0)
         assert launch.processes() == []

@@ -37,7 +37,7 @@ def judge_url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     tool = [sys.executable, str(ROOT / "tools" / "serve_vllm.py"), "--model", str(smollm2), "--log-file", str(log)]
     server = subprocess.Popen(
-        [*tool, "--startup-timeout", str(STARTUP_SECONDS), "--threads", "1"], stdout=subprocess.PIPE, text=True
+        [*tool, "--startup-timeout", str(STARTUP_SECONDS), "--threads", "2"], stdout=subprocess.PIPE, text=True
     )
     try:
         assert server.stdout is not None

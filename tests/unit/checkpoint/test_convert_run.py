@@ -57,7 +57,11 @@ def test_there_and_back_is_bitwise_with_and_without_padding(kind, tmp_path):
         to_mcore(tmp_path / "hf", tmp_path / f"tp{tp_size}", tensor_parallel=tp_size)
         same(tmp_path / "hf", to_hf(tmp_path / f"tp{tp_size}", tmp_path / f"back{tp_size}", max_shard_bytes=20_000))
         assert len(list((tmp_path / f"back{tp_size}").glob("model-*.safetensors"))) > 2
-    convert(Conversion("mcore", "mcore", tmp_path / "tp2", tmp_path / "tp3", tensor_parallel=3, pipeline_parallel=2))
+    (tmp_path / "tp2" / "journal").mkdir()
+    said: list[str] = []
+    job = Conversion("mcore", "mcore", tmp_path / "tp2", tmp_path / "tp3", tensor_parallel=3, pipeline_parallel=2)
+    convert(job, say=said.append)
+    assert said[-1].startswith("the journal of verdicts and rewrites stays behind; copy ")
     same(tmp_path / "hf", to_hf(tmp_path / "tp3", tmp_path / "back3"))
     read = load_run_config(tmp_path / "tp3" / "iter_0000000" / "run_config.yaml").parallel
     assert (read.tensor_model_parallel_size, read.pipeline_model_parallel_size) == (3, 2)

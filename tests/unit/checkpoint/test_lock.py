@@ -17,6 +17,7 @@ import pytest
 
 from megatron_sip.checkpoint.lock import LOCK, SaveLock
 from megatron_sip.errors import CheckpointError
+from megatron_sip.parallel import ending
 from megatron_sip.parallel.inquest import Home
 
 ELSEWHERE = "node7 pid:[1] b007"
@@ -101,6 +102,30 @@ def test_of_another_machine_a_run_that_shows_life_holds_it(tmp_path: Path, monke
     with pytest.raises(CheckpointError, match="is in use by another run"):
         other.acquire()
     assert time.monotonic() - began < 20
+    owner.release()
+
+
+@pytest.mark.parametrize("proc", ["hidepid=1", "hidepid=2"])
+def test_a_process_that_the_system_hides_is_watched(tmp_path: Path, proc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of another user, where /proc shows everybody their own processes alone: unreadable, or not there at all."""
+    owner = make(tmp_path)
+    owner.acquire()
+
+    def kill(_pid: int, _number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def started_at(_pid: int) -> str | None:
+        if proc == "hidepid=1":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return None
+
+    monkeypatch.setattr(ending.os, "kill", kill)
+    monkeypatch.setattr(ending, "started_at", started_at)
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match="is in use by another run"):
+        make(tmp_path, said, patience=60).acquire()
+    assert "looking for up to 60 s whether it lives" in said[0]
+    monkeypatch.undo()
     owner.release()
 
 

@@ -196,6 +196,13 @@ def test_a_rollback_begins_with_its_own_checkpoint_whatever_is_named(root: Path)
     assert candidates(root, 4) == [4, 2]
 
 
+def test_those_of_an_earlier_run_are_left_alone_whatever_is_named(root: Path) -> None:
+    assert candidates(root, among={2, 4}) == [4, 2]
+    assert candidates(root, 4, among={4, 6}) == [4]
+    assert candidates(root, among={2, 6}) == [6, 2]
+    assert candidates(root, among=()) == []
+
+
 def test_an_earlier_number_in_the_latest_file_is_obeyed(root: Path) -> None:
     (root / LATEST).write_text("4\n")
     assert candidates(root) == [4, 2]
@@ -209,6 +216,17 @@ def test_what_a_run_went_back_behind_is_not_taken(root: Path) -> None:
         make(root, iteration, written=written)
     (root / LATEST).write_text("7\n")
     assert candidates(root) == [7, 5, 3, 2]
+
+
+def test_what_was_written_behind_the_named_one_is_not_taken(root: Path) -> None:
+    """The run went back to 2 and on to 3; then the user wanted 6 again: 3 does not lead there, and 4 does."""
+    make(root, 3, written=9.0)
+    assert candidates(root) == [6, 4, 2]
+    cut(checkpoint_folder(root, 6) / "common.pt")
+    assert newest_whole(root, lambda _: None) == 4
+    # Without its own time, it cannot be told what was before it: by the number then.
+    (checkpoint_folder(root, 6) / MANIFEST).write_text("{")
+    assert candidates(root) == [6, 3, 2]
 
 
 def test_checkpoints_without_a_time_come_last(root: Path) -> None:

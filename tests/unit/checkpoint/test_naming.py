@@ -8,24 +8,28 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_sip.checkpoint.latest import LATEST, checkpoint_folder, newest_whole, saved_iterations
+from megatron_sip.checkpoint.latest import LATEST, candidates, checkpoint_folder, newest_whole, saved_iterations
 from megatron_sip.checkpoint.manifest import (
     BACKENDS,
     COMMON,
     FORMAT_VERSION,
+    MANIFEST,
     RUN_CONFIG,
+    FileEntry,
     Manifest,
     file_entry,
     write_manifest,
 )
 from megatron_sip.checkpoint.naming import give_name, incomplete_folder, retire
+from megatron_sip.checkpoint.publish import Written, publish
 from megatron_sip.checkpoint.restricted import METADATA
 from megatron_sip.checkpoint.retain import clean
-from megatron_sip.config.groups import CheckpointConfig
+from megatron_sip.config.groups import CheckpointConfig, Config
 
 
 class KilledError(BaseException):
@@ -66,8 +70,11 @@ def write(folder: Path, iteration: int, mark: str) -> None:
     (folder / "data").write_text(f"{mark} of {iteration}")
     for own in (METADATA, COMMON, BACKENDS, RUN_CONFIG):
         (folder / own).touch()
-    files = {path.name: file_entry(path) for path in folder.iterdir()}
-    write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files))
+    write_manifest(folder, Manifest(FORMAT_VERSION, iteration, files_of(folder)))
+
+
+def files_of(folder: Path) -> dict[str, FileEntry]:
+    return {path.name: file_entry(path) for path in folder.iterdir() if path.name != MANIFEST}
 
 
 def name(root: Path, iteration: int, mark: str, rule: CheckpointConfig) -> None:
@@ -140,6 +147,25 @@ def test_a_damaged_checkpoint_does_not_count_and_is_not_deleted(tmp_path: Path) 
     assert saved_iterations(tmp_path) == [2, 4, 6, 8]
     name(tmp_path, 10, "new", CheckpointConfig(keep_last_n=1, save_retain_interval=3))
     assert saved_iterations(tmp_path) == [4, 6, 10]
+
+
+def test_a_clock_that_is_behind_changes_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on on another host, whose clock is behind by more than the time between two saves."""
+
+    def save(iteration: int, clock: float, rule: CheckpointConfig) -> None:
+        partial = incomplete_folder(tmp_path, iteration)
+        write(partial, iteration, "new")
+        plan: Any = SimpleNamespace(metadata="some", writer=SimpleNamespace(finish=lambda *_: None))
+        monkeypatch.setattr("time.time", lambda: clock)
+        assert publish(Config(checkpoint=rule), tmp_path, iteration, plan, [Written([], files_of(partial))]) is None
+
+    for iteration, clock in ((10, 5000.0), (20, 5600.0), (30, 2000.0)):
+        save(iteration, clock, CheckpointConfig())
+    assert candidates(tmp_path) == [30, 20, 10]
+    (tmp_path / LATEST).unlink()
+    assert candidates(tmp_path) == [30, 20, 10]
+    save(40, 2600.0, CheckpointConfig(keep_last_n=2))
+    assert saved_iterations(tmp_path) == [30, 40]
 
 
 def test_a_deletion_that_fails_is_told_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ PUBLISHED = {
     "llama-1.4b": 1_364_297_728,
     "llama3.2-1b": 1_235_814_400,
     "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
 }
 TOKENIZERS = {"llama-tiny": 4096, "llama-1.4b": 32_000}
 

@@ -63,6 +63,7 @@ def test_the_sound_one_is_read(tmp_path: Path) -> None:
         ({"bounds": [1, 2, 3]}, "document bounds"),
         ({"bounds": [0, 2, 4]}, "document bounds"),
         ({"bounds": [0, 2]}, "document bounds"),
+        ({"bounds": [0, 2**63 - 1, -2, 3]}, "document bounds"),  # whose differences wrap around to positive ones
         ({"bounds": []}, "document bounds"),
         ({"code": 0}, "type code 0"),
         ({"code": 6}, "type code 6"),  # floating point

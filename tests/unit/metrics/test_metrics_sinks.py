@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,29 @@ def test_a_file_that_cannot_be_rewound_names_its_flag(tmp_path: Path):
         writer.rewind(0)
 
 
+def test_a_full_disk_is_told_once_and_the_file_is_closed():
+    """What ends the run is the refused write; closing must not put an error of another kind in its place."""
+    writer = JsonlWriter("/dev/full", flag="--metrics-file")
+    with pytest.raises(ConfigError, match=r"cannot write /dev/full \(No space left on device\).*--metrics-file"):
+        writer.write({"iteration": 1})
+    writer.close()
+    writer.close()
+
+
+def test_a_disk_that_refuses_only_the_last_flush_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl", flag="--metrics-file")
+    writer.write({"iteration": 1})
+
+    def refuse(_handle: int):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ConfigError, match="No space left"):
+        writer.rewind(0)
+    writer.close()
+    assert [record["iteration"] for record in read_jsonl(writer.path)] == [1]
+
+
 def test_fresh_run_keeps_the_file_of_an_earlier_one(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     for run in range(3):
@@ -117,7 +142,23 @@ def test_broken_line_in_the_middle_is_refused_and_left_as_it_is(tmp_path: Path):
     with pytest.raises(DataError, match="line 2"):
         drop_after(path, 1)
     assert path.read_text() == content
+    assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert drop_after(tmp_path / "none.jsonl", 3) == 0
+
+
+def test_a_large_file_is_cut_line_by_line(tmp_path: Path):
+    """Sample logs grow to gigabytes, and the rank that cuts them holds a policy."""
+    path = tmp_path / "samples.jsonl"
+    lines = [json.dumps({"iteration": step, "text": "é" * 20_000}, ensure_ascii=False) for step in range(1, 101)]
+    path.write_text("\n".join(lines) + "\n")
+    tracemalloc.start()
+    try:
+        assert drop_after(path, 90) == 10
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000 < path.stat().st_size
+    assert path.read_text().splitlines() == lines[:90]
 
 
 def test_unwritable_places_name_their_flag(tmp_path: Path):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from megatron_sip.parallel import signals
+from megatron_sip.parallel.ending import age
 from megatron_sip.parallel.signals import StopSignal
 
 
@@ -82,6 +85,30 @@ def test_the_time_limit_is_a_request_from_its_moment_on(monkeypatch: pytest.Monk
     assert stop()
     assert stop.seconds == 2
     assert stop.reason == "--exit-duration-in-mins"
+
+
+def test_the_time_limit_counts_from_the_launchers_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler gives no new minutes to a later start of the ranks."""
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals, "age", {os.getppid(): 20.0}.__getitem__)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    stop = StopSignal(0.5)
+    now[0] += 9
+    assert not stop()
+    now[0] += 2
+    assert stop()
+    assert stop.seconds == 1
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert not StopSignal(0.5)()
+
+
+def test_the_age_of_a_process() -> None:
+    wanted = time.time() - psutil.Process().create_time()
+    assert age(os.getpid()) == pytest.approx(wanted, abs=5)
+    child = subprocess.Popen(["true"])
+    child.wait()
+    assert age(child.pid) == 0
 
 
 def test_listening_returns_as_soon_as_a_signal_comes() -> None:

@@ -62,7 +62,7 @@ def test_what_can_be_meant(line: str) -> None:
         ("--rollout-url http://127.0.0.1:1", ["--rollout-url is given", "leave --rollout-url out"]),
         ("--rollout-timeout 9 --rollout-proof logprobs", ["--rollout-timeout is given", "--rollout-proof is given"]),
         (f"{HERE} --rollout-batch-size 4", ["--rollout-batch-size 4"]),
-        (f"{HERE} http://127.0.0.1:8200/v1", ["twice"]),
+        (f"{HERE} http://127.0.0.1:8200/v1", ["more than once"]),
         ("--rollout-engine vllm --rollout-url ftp://a", ["no http or https URL"]),
         ("--rollout-engine vllm --rollout-url http://8.8.8.8", ["public address", "--rollout-weights-dir is missing"]),
         ("--rollout-engine vllm --rollout-url http://node3", ["--rollout-weights-dir is missing"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from megatron_sip.services.circuit import (
@@ -20,9 +22,9 @@ def endpoint(name: str = "a", **fields: int) -> Endpoint:
     return Endpoint(f"http://{name}/v1", f"http://{name}", **fields)
 
 
-def chosen(*endpoints: Endpoint, now: float = 0.0, avoid: tuple[str, ...] = ()) -> str:
+def chosen(*endpoints: Endpoint, now: float = 0.0, avoid: tuple[str, ...] = (), latest: float = math.inf) -> str:
     bases = {f"http://{name}/v1" for name in avoid}
-    return choose_endpoint(endpoints, now, bases).root.removeprefix("http://")
+    return choose_endpoint(endpoints, now, bases, latest).root.removeprefix("http://")
 
 
 def trip(one: Endpoint, now: float = 0.0) -> None:
@@ -118,6 +120,41 @@ def test_a_server_that_asked_for_time_gets_it() -> None:
     assert held.held_until == 14.0, "a shorter wait does not cancel a longer one"
     held.worked(13.5)
     assert held.held_until == 14.0, "nor does an answer to a call that was under way"
+
+
+@pytest.mark.parametrize("failures", [1, TRIP_FAILURES])
+def test_a_server_that_failed_and_asked_for_time_is_left_alone(failures: int) -> None:
+    """A 503 with Retry-After is both."""
+    held, busy = endpoint("held"), endpoint("busy", in_flight=9)
+    for _ in range(failures):
+        held.failed(0.0)
+    held.hold(0.0, 60.0)
+    assert chosen(held, busy, avoid=("busy",)) == "busy"
+    busy.failed(0.0)
+    assert chosen(held, busy, avoid=("busy",)) == "busy", "it may rest after a failure of its own"
+    assert not another([held, busy], 0.0, {busy.base})
+
+
+def test_of_those_that_asked_for_time_the_first_to_be_ready_is_waited_for() -> None:
+    soon, late = endpoint("soon", in_flight=5, calls=9), endpoint("late")
+    soon.hold(0.0, 1.0)
+    late.hold(0.0, 60.0)
+    assert chosen(late, soon) == "soon"
+    assert chosen(late, soon, avoid=("soon",)) == "soon"
+    assert chosen(late, soon, latest=0.5) == "soon", "the least that all of them asked for"
+
+
+def test_a_server_that_asked_for_time_is_waited_for_while_another_is_dead() -> None:
+    held, dead, tried = endpoint("held"), endpoint("dead"), endpoint("tried")
+    held.hold(0.0, 5.0)
+    trip(dead)
+    trip(tried)
+    tried.probed(True, 0.0)
+    tried.on_trial = True
+    for other in (dead, tried):
+        assert chosen(held, other, avoid=("held",)) == "held"
+        assert chosen(held, other, latest=5.0) == other.root.removeprefix("http://"), "it cannot wait that long"
+    assert chosen(held, dead, tried, latest=1.0) == "tried"
 
 
 @pytest.mark.parametrize("seconds", [1e9, 86_400.0])

@@ -184,7 +184,7 @@ def test_retry_after_forms() -> None:
     assert later is not None
     assert 55 < later <= 60
     assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    for nonsense in (None, "", "soon", "inf", "nan"):
+    for nonsense in (None, "", "soon", "inf", "nan", "Wed, 21 Oct 2015 07:28:00 +9999999999999"):
         assert parse_retry_after(nonsense) is None
 
 

@@ -20,7 +20,7 @@ from megatron_sip.services.background import BackgroundLoop
 from megatron_sip.services.build import judge_specs, needs_rewriter
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.endpoint import ClientSettings
-from megatron_sip.services.hub import PreferenceServices, run_bounded
+from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.services.judges import FactualityJudge, QualityJudge, Reading, SafetyJudge
 from megatron_sip.services.likelihood import LikelihoodJudge, common_length, new_gram_share, suffix_start
 from megatron_sip.services.model_server import ModelServer
@@ -438,27 +438,6 @@ def test_the_interval_spares_the_chat_judges(server: FakeServer) -> None:
 )
 def test_when_a_rewriter_is_needed(objective: str, pool: tuple[str, ...], expected: bool) -> None:
     assert needs_rewriter(config_of(JudgeConfig(), pool=pool, objective=objective)) is expected
-
-
-def test_run_bounded_keeps_order_and_limit() -> None:
-    running, most = 0, 0
-
-    async def job(number: int) -> int:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(0.001 * (number % 3))
-        running -= 1
-        return number
-
-    assert run(run_bounded((job(number) for number in range(50)), 4)) == list(range(50))
-    assert most == 4
-
-    async def fail() -> int:
-        raise KeyError("unknown judge")
-
-    with pytest.raises(KeyError):
-        run(run_bounded((fail() for _ in range(3)), 1))
 
 
 def test_a_server_that_cannot_serve_a_judge_is_refused_at_the_start() -> None:

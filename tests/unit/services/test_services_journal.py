@@ -199,6 +199,22 @@ def test_a_restart_finds_what_any_leader_wrote(tmp_path: Path) -> None:
     assert known(tmp_path, 0, 4) == [0.1, 0.3], "a journal that was only read is as it was"
 
 
+def test_what_another_folder_told_is_known_without_it(tmp_path: Path) -> None:
+    """--load OLD --save NEW; then a start from a checkpoint in NEW, which reads the journal of NEW alone."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    written(old, entries(0, 1, 2, 3, value=0.73), [(key(1, vote=1), Missing(MissingReason.TIMEOUT, ""))])
+    with opened(new, 1, earlier=old) as (journal, _):
+        first = lookup(journal, [key(1), key(1, vote=1)])
+        append(journal, entries(2, value=0.5))
+        assert journal.recall(1)
+        assert lookup(journal, [key(1), key(2)]) == {key(1): 0.73, key(2): 0.5}
+        assert journal.recall(1).verdicts == 4 + 3, "each answer is written down once"
+    with opened(new, 1) as (journal, found):
+        assert found.verdicts == 3
+        assert lookup(journal, [key(1), key(1, vote=1)]) == first
+    assert known(new, 0, 1, 2, 3) == [None, 0.73, 0.5, None], "what nobody used is not known"
+
+
 def test_a_rollback_in_the_same_process_reads_again(tmp_path: Path) -> None:
     with opened(tmp_path) as (journal, _):
         append(journal, entries(0, 1, 2))

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from fake_server import FakeServer
 
-from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.groups import Config, JudgeConfig, RewriterConfig
 from megatron_sip.config.judge_set import active_judges
 from megatron_sip.errors import ConfigError, ServiceError
 from megatron_sip.preference.scoring import JudgeSpec
-from megatron_sip.services.build import build_servers, judge_specs
+from megatron_sip.services.build import build_servers, judge_specs, rewriter_settings
+from megatron_sip.services.endpoint import read_key
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.types import Candidate, CandidateKind, Pool, Question
 
@@ -115,6 +116,26 @@ def test_a_key_goes_to_its_own_judge_alone() -> None:
         assert one.headers[-1]["Authorization"] == "Bearer for-judge-url"
         assert other.headers
         assert all("Authorization" not in headers for headers in other.headers), "another host"
+
+
+@pytest.mark.parametrize(
+    ("urls", "key"),
+    [
+        ((), "for-judge-url"),
+        (("https://judge.corp/other/v1", "https://b:8100/v1"), "for-judge-url"),
+        (("https://api.example/v1",), None),
+        (("https://judge.corp/v1", "https://api.example/v1"), None),
+        (("https://judge.corp:8443/v1",), None),
+    ],
+)
+def test_the_rewriter_of_another_host_does_not_get_the_judges_key(urls: tuple[str, ...], key: str | None) -> None:
+    judge = JudgeConfig(judge_url=("https://judge.corp/v1", "https://b:8100/v1"))
+    settings = rewriter_settings(Config(judge=judge, rewriter=RewriterConfig(rewriter_url=urls)))
+    sent = read_key(settings, {"JUDGE_API_KEY": "for-judge-url"})
+    assert (sent.reveal() if sent else None) == key
+    own = read_key(settings, {"JUDGE_API_KEY": "for-judge-url", "REWRITER_API_KEY": "its-own"})
+    assert own is not None
+    assert own.reveal() == "its-own"
 
 
 def test_judges_of_one_host_share_its_key() -> None:

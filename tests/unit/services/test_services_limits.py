@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from typing import Literal
 
 import pytest
-from fake_server import FakeServer, Handler, status
+from aiohttp import web
+from fake_server import FakeServer, Handler, hang, respond, status
 from test_services_client import settings
-from test_services_pool import GOOD, at_once, post, until, with_client
+from test_services_pool import GOOD, at_once, post, slow, until, with_client
 
 from megatron_sip.services import client as client_module
 from megatron_sip.services import holds
+from megatron_sip.services.circuit import TRIP_FAILURES
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.types import Missing, MissingReason
 
@@ -82,6 +84,43 @@ def test_a_long_wait_is_told_and_a_short_one_is_not(monkeypatch: pytest.MonkeyPa
         with_client(settings(server.url, retries=0, on_outage="wait"), run)
 
 
+def test_nothing_is_told_while_calls_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a steady limit some call always waits for long, and verdicts flow."""
+    monkeypatch.setattr(holds, "NOTED_SECONDS", 0.2)
+    with FakeServer() as server:
+        server.script.append(limited(60.0))
+
+        async def run(client: ServiceClient) -> None:
+            waiting = asyncio.create_task(post(client))
+            await until(lambda: client.waits_for is not None)
+            client._endpoints[0].held_until = 0.0  # it takes calls again, and the one that waits sleeps on
+            monkeypatch.setattr(holds, "NOTED_SECONDS", 30.0)
+            assert await post(client) == [GOOD]
+            assert client.waits_for is None
+            monkeypatch.setattr(holds, "NOTED_SECONDS", 0.0)
+            assert client.waits_for is not None, "the last answer is long ago"
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+        with_client(settings(server.url, retries=0, on_outage="wait"), run)
+
+
+def test_a_call_that_a_server_has_taken_waits_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holds, "NOTED_SECONDS", 0.2)
+    with FakeServer() as server:
+        server.script.extend([limited(0.3), slow(0.5)])
+
+        async def run(client: ServiceClient) -> None:
+            call = asyncio.create_task(post(client))
+            await until(lambda: client.waits_for is not None)
+            await until(lambda: len(server.requests) == 2)
+            assert client.waits_for is None
+            assert server.in_flight == 1
+            assert await call == [GOOD]
+
+        with_client(settings(server.url, retries=0, on_outage="wait"), run)
+
+
 def test_a_limit_without_a_time_is_tried_until_the_deadline() -> None:
     with FakeServer() as server:
 
@@ -112,6 +151,79 @@ def test_other_faults_use_up_the_retries_between_limits() -> None:
             assert "after 4 attempts" in answer.detail
 
         with_client(settings(server.url, retries=1), run)
+
+
+@pytest.mark.parametrize("policy", ["skip", "wait"])
+def test_a_server_that_asked_for_time_as_it_failed_is_no_way_out(policy: Literal["skip", "wait"]) -> None:
+    with FakeServer() as asking, FakeServer() as other:
+        asking.script.append(status(503, {"Retry-After": "60"}))
+
+        async def run(client: ServiceClient) -> None:
+            assert await post(client) == [GOOD]
+            other.script.append(status(500))
+            async with asyncio.timeout(3.0):
+                assert await post(client) == [GOOD]
+            assert len(asking.requests) == 1
+
+        with_client(settings(asking.url, other.url, retries=3, on_outage=policy), run)
+
+
+@pytest.mark.parametrize("policy", ["skip", "wait"])
+def test_a_limit_of_one_server_drives_no_call_to_a_dead_one(policy: Literal["skip", "wait"]) -> None:
+    with FakeServer() as dead, FakeServer() as narrow:
+        dead.fault_every_time = hang
+        taken = [0.0]
+
+        async def one_at_a_time(request: web.Request) -> web.StreamResponse:
+            wait = taken[-1] + 0.05 - time.monotonic()
+            if wait > 0:
+                return await limited(wait)(request)
+            taken.append(time.monotonic())
+            return await respond(GOOD)(request)
+
+        narrow.fault_every_time = one_at_a_time
+
+        async def run(client: ServiceClient) -> None:
+            for _ in range(TRIP_FAILURES):
+                client._endpoints[0].failed(0.0)
+            assert await at_once(client, 6) == [GOOD] * 6
+            assert dead.requests == []
+
+        with_client(settings(dead.url, narrow.url, timeout=10.0, retries=0, on_outage=policy), run)
+
+
+def test_calls_wait_for_the_server_that_asked_for_less_time() -> None:
+    with FakeServer() as late, FakeServer() as soon:
+
+        async def run(client: ServiceClient) -> None:
+            now = asyncio.get_running_loop().time()
+            for endpoint, seconds in zip(client._endpoints, (60.0, 0.2), strict=True):
+                endpoint.hold(now, seconds)
+            client._endpoints[1].calls = 1  # the other one would be chosen by its load
+            assert await post(client) == [GOOD]
+            assert late.requests == []
+
+        with_client(settings(late.url, soon.url), run)
+
+
+def test_calls_that_wait_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may take calls long before the time that another one named is over."""
+    monkeypatch.setattr(client_module, "LONGEST_NAP_SECONDS", 0.1)
+    with FakeServer() as one, FakeServer() as two:
+
+        async def run(client: ServiceClient) -> None:
+            now = asyncio.get_running_loop().time()
+            for endpoint in client._endpoints:
+                endpoint.hold(now, 60.0)
+            call = asyncio.create_task(post(client))
+            await asyncio.sleep(0.3)
+            assert not call.done()
+            client._endpoints[1].held_until = now
+            async with asyncio.timeout(2.0):
+                assert await call == [GOOD]
+            assert one.requests == []
+
+        with_client(settings(one.url, two.url, timeout=0.5, on_outage="wait"), run)
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])

@@ -11,12 +11,15 @@ from typing import Any, Literal
 import pytest
 from fake_server import FakeServer, Handler, hang, reset, respond, status
 from test_services_client import KEY, settings, unused_port
+from test_services_hub import config_of, pool_of, request
 from test_services_pool import GOOD, at_once, post, until, with_client
 
+from megatron_sip.config.groups import JudgeConfig, RewriterConfig
 from megatron_sip.errors import ServiceError
 from megatron_sip.services import client as client_module
 from megatron_sip.services.client import ServiceClient
-from megatron_sip.types import Missing, MissingReason
+from megatron_sip.services.hub import PreferenceServices
+from megatron_sip.types import Missing, MissingReason, Question
 
 
 async def in_thread(action: Callable[[], Any]) -> Any:
@@ -206,3 +209,23 @@ def test_calls_that_wait_can_be_given_up() -> None:
             assert await again == [GOOD], "the probes begin anew"
 
     with_client(settings(url, on_outage="wait"), run)
+
+
+def test_judges_and_rewriter_wait_each_for_their_own_servers() -> None:
+    with FakeServer() as judging, FakeServer() as rewriting:
+        config = config_of(
+            JudgeConfig(judge_url=(judging.url,), judge_retries=0),
+            RewriterConfig(rewriter_url=(rewriting.url,)),
+            pool=("original", "rewrite"),
+        )
+        with PreferenceServices(config, {}) as services:
+            rewriting.close()
+            rewrites = services.submit_rewrites([request("a", "b")], 9)
+            deadline = time.monotonic() + 5.0
+            while services.waits_for("rewriter") is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert services.waits_for("judge") is None
+            assert services.waits_for() == services.waits_for("rewriter")
+            assert services.submit_answers([pool_of("a1", "b22")], [[Question("quality", 0, 1)]]).result(20)
+            assert not rewrites.done()

@@ -12,6 +12,7 @@ from aiohttp import web
 from fake_server import FakeServer, Handler, chat_body, drip, hang, raw, redirect, reset, respond, status
 from test_services_client import KEY, settings, unused_port
 
+from megatron_sip.errors import ConfigError
 from megatron_sip.services import client as client_module
 from megatron_sip.services.circuit import FIRST_REST_SECONDS, TRIP_FAILURES
 from megatron_sip.services.client import ServiceClient
@@ -365,6 +366,12 @@ def test_a_fault_costs_only_its_own_connection(fault: Handler) -> None:
 
         with_client(settings(server.url, timeout=0.3), run)
         assert len(server.peers) <= 6
+
+
+@pytest.mark.parametrize("again", ["http://a:1/v1", " http://a:1/v1/ ", "http://a:1"])
+def test_a_server_is_named_once(again: str) -> None:
+    with pytest.raises(ConfigError, match="--judge-url names http://a:1/v1 more than once"):
+        ServiceClient(settings("http://a:1/v1", "http://b:1/v1", again))
 
 
 def test_two_dead_servers_end_within_the_retries() -> None:

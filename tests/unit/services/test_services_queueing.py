@@ -100,8 +100,7 @@ def test_rounds_begin_in_turn_within_one_limit() -> None:
             return round_, number
 
         async def one(round_: int) -> list[tuple[int, int]]:
-            with queue.place() as place:
-                return await place.run(job(round_, number) for number in range(8))
+            return await queue.place().run(job(round_, number) for number in range(8))
 
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -125,8 +124,7 @@ def test_a_round_that_is_cancelled_leaves_its_place() -> None:
             return "done"
 
         async def one(make: Any) -> list[Any]:
-            with queue.place() as place:
-                return await place.run(make() for _ in range(3))
+            return await queue.place().run(make() for _ in range(3))
 
         first, second = asyncio.ensure_future(one(wait)), asyncio.ensure_future(one(wait))
         last = asyncio.ensure_future(one(quick))
@@ -139,16 +137,61 @@ def test_a_round_that_is_cancelled_leaves_its_place() -> None:
     run(work())
 
 
-def test_a_failing_job_ends_its_round() -> None:
+def test_a_failing_job_ends_its_round_and_leaves_room() -> None:
     async def work() -> None:
-        queue = InTurn(2)
+        queue = InTurn(1)
 
         async def fail() -> None:
-            raise OSError("broken")
+            raise KeyError("unknown judge")
 
-        with pytest.raises(OSError, match="broken"), queue.place() as place:
-            await place.run(fail() for _ in range(3))
-        assert queue._last is not None
-        assert queue._last.is_set()
+        async def succeed() -> str:
+            return "done"
+
+        with pytest.raises(KeyError, match="unknown judge"):
+            await queue.place().run(fail() for _ in range(3))
+        assert await queue.place().run(succeed() for _ in range(3)) == ["done"] * 3
+
+    run(work())
+
+
+def test_one_round_keeps_order_and_limit() -> None:
+    async def work() -> None:
+        running, most = 0, 0
+
+        async def job(number: int) -> int:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.001 * (number % 3))
+            running -= 1
+            return number
+
+        assert await InTurn(4).place().run(job(number) for number in range(50)) == list(range(50))
+        assert most == 4
+
+    run(work())
+
+
+def test_the_second_round_of_an_older_place_comes_before_the_first_of_a_younger_one() -> None:
+    async def work() -> None:
+        queue, begun = InTurn(2), []
+
+        async def job(name: str) -> None:
+            begun.append(name)
+            await asyncio.sleep(0.005)
+
+        async def older() -> None:
+            place = queue.place()
+            await place.run(job("older 1") for _ in range(2))
+            await place.run(job("older 2") for _ in range(4))
+
+        async def younger() -> None:
+            await queue.place().run(job("younger") for _ in range(20))
+
+        await asyncio.gather(older(), younger())
+        # Nothing is interrupted: two of the younger begin while the older has nothing to ask.
+        assert begun[:2] == ["older 1"] * 2
+        assert sorted(begun[2:8]) == ["older 2"] * 4 + ["younger"] * 2
+        assert begun[8:] == ["younger"] * 18
 
     run(work())

@@ -97,6 +97,7 @@ class Soak:
             self.stats = services.stats()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("reading", ["generate", "logit"])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_each_kind_of_fault_is_missing_for_its_reason(fault: Fault, reading: Reading) -> None:
@@ -161,6 +162,7 @@ def check(reading: Reading, verdicts: int, servers: int) -> None:
     assert soak.late - soak.early < MOST_GROWTH
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("reading", ["generate", "logit"])
 def test_ten_thousand_verdicts_are_right_or_missing_for_their_reason(reading: Reading) -> None:
     """Half of them with each reading."""

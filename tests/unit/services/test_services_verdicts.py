@@ -160,6 +160,9 @@ def test_label_probabilities_are_a_softmax_over_the_labels() -> None:
         ([entry(1, 0.9), {"token": "token_id:3", "logprob": math.nan}], MissingReason.MALFORMED),
         ([entry(1, 0.9), {"token": "token_id:3", "logprob": 2.0}], MissingReason.MALFORMED),
         ([entry(1, 0.9), {"token": "token_id:3", "logprob": True}], MissingReason.MALFORMED),
+        ([entry(1, 0.9), {"token": "token_id:3", "logprob": -(10**400)}], MissingReason.MALFORMED),
+        ([entry(1, 0.9), {"token": "token_id:3", "logprob": 10**400}], MissingReason.MALFORMED),
+        ([entry(1, 0.9), {"token": None, "logprob": -1.0}], MissingReason.MALFORMED),
         ([], MissingReason.MALFORMED),
     ],
 )
@@ -179,6 +182,8 @@ def scored(rows: object) -> dict[str, Any]:
 def test_prompt_logprobs() -> None:
     rows = [None, {"7": {"logprob": -1.5}, "9": {"logprob": -0.1}}, {"8": {"logprob": 0.0}}]
     assert prompt_logprobs(scored(rows), [5, 7, 8]) == [None, -1.5, 0.0]
+    rounded = [None, {"7": {"logprob": 0.005}}, {"8": {"logprob": 1e-7}}]
+    assert prompt_logprobs(scored(rounded), [5, 7, 8]) == [None, 0.0, 0.0], "a likelihood above 1 is no score"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +194,8 @@ def test_prompt_logprobs() -> None:
         [None, {"6": {"logprob": -1.0}}],
         [None, None],
         [None, {"7": {"logprob": math.inf}}],
+        [None, {"7": {"logprob": -(10**400)}}],
+        [None, {"7": {"logprob": 10**400}}],
         [None, {"7": {"logprob": None}}],
         [None, {"7": -1.0}],
     ],

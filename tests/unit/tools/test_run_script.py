@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[3]
 # What the stand-in for pytest prints and returns for each folder; `tests/.` is the nightly run.
 RESULTS = """
 case "$3 $5" in
+    "tests/unit alone"*) echo "1 passed in 3.00s" ;;
     "tests/unit "*) echo "10 passed, 1 skipped in 2.00s" ;;
     "tests/distributed "*) echo "1 failed, 4 passed in 9.10s (0:00:09)"; exit ${DISTRIBUTED_STATUS:-0} ;;
     "tests/integration "*) echo "3 passed, 2 errors in 1.00s"; exit ${INTEGRATION_STATUS:-0} ;;
@@ -68,19 +69,20 @@ def test_all_stages_in_order_and_one_sum(checkout: Path) -> None:
         "ruff format",
         "mypy",
         "unit tests",
+        "unit tests, alone",
         "distributed tests",
         "integration tests",
         "gpu tests",
     ]
     assert "set-up of trainer judge dev" in lines
     assert "ruff format --check ." in lines
-    assert lines[-1].startswith("1 failed, 2 error, 17 passed, 1 skipped in ")
+    assert lines[-1].startswith("1 failed, 2 error, 18 passed, 1 skipped in ")
 
 
 def test_fast_is_the_unit_tests_alone(checkout: Path) -> None:
     status, lines = _run(checkout, "--fast")
     assert status == 0
-    assert _stages(lines) == ["set-up", "unit tests"]
+    assert _stages(lines) == ["set-up", "unit tests", "unit tests, alone"]
     assert "set-up of trainer dev" in lines
 
 

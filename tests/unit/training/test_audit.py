@@ -23,6 +23,7 @@ from megatron_sip.training.audit import (
     up_to,
 )
 from megatron_sip.training.audit_check import check_audit, ranges_text
+from megatron_sip.training.rollback import Rollback
 from tools.check_audit import main
 
 TIE = OUTCOMES.index("tie")
@@ -40,7 +41,7 @@ def rolled_back() -> list[Record]:
         start_record(0, 0, ()),
         *(step(1, 0), step(2, 4), step(3, 8)),
         *(step(4, 12, "non_finite"), step(5, 16, "spike")),
-        rollback_record(5, 2, "trouble", ((12, 20),)),
+        rollback_record(Rollback(5, 2, "trouble", ((12, 20),), 8)),
         *(step(3, 8), step(4, 20)),
         start_record(4, 24, ((12, 20),)),
         step(5, 24),
@@ -74,6 +75,18 @@ def test_a_sound_log() -> None:
     assert report.jumped == ((12, 20),)
     assert [record["iteration"] for record in effective_steps(rolled_back())] == [1, 2, 3, 4, 5]
     assert check_audit(rolled_back()[:5]).skipped == {"non_finite": 3}
+
+
+def test_a_rollback_behind_the_beginning_of_the_log() -> None:
+    """Of a run that went on from a checkpoint of 3 in another folder, and fell back to the one of 2 there."""
+    log = [start_record(3, 12, ()), *(step(4, 12, "spike"), step(5, 16, "spike"))]
+    log += [rollback_record(Rollback(5, 2, "trouble", ((12, 20),), 8)), step(3, 8), step(4, 20)]
+    assert check_audit(log).faults == ()
+    assert check_audit(log).consumed == ((8, 12), (20, 24))
+    lossy = [*log[:4], step(3, 20)]
+    assert check_audit(lossy).faults == ("samples [8, 12) are lost",)
+    del log[3]["next_sample"]  # by an early version
+    assert "sample 8 was taken before, the log begins with 12" in check_audit(log).faults
 
 
 def doctored(change: str) -> list[Record]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ask_rounds import ask_rounds
 
 from megatron_sip.config.groups import Config, JudgeConfig, PreferenceConfig
 from megatron_sip.metrics.names import metric_specs
-from megatron_sip.preference.scoring import JudgeSpec
 from megatron_sip.services.build import judge_specs
-from megatron_sip.training.preferences import PreferenceMaker
+from megatron_sip.training.scoring import PoolScoring, verdict_metrics
 from megatron_sip.types import Answers, Candidate, CandidateKind, Pool, Question
 
 UNSAFE, LOOP = (9, 1, 2, 3, 4, 5), (1, 2, 1, 2, 1, 2, 1, 2)
@@ -20,17 +19,13 @@ TOKENS = [(1, 2, 3, 4, 5), UNSAFE, LOOP, (2, 3, 4, 5, 6), (3, 4, 5, 6, 7), (1, 2
 POOL = Pool(3, "prefix", "original", tuple(Candidate(CandidateKind.ROLLOUT, t, str(t)) for t in TOKENS))
 
 
-class Services:
+class Judges:
     """Answers at once: unsafe is what begins with 9, the lower first token wins by 0.8, the first option gets 0.1."""
 
-    def __init__(self, config: Config) -> None:
-        self.specs: list[JudgeSpec] = judge_specs(config)
+    def __init__(self) -> None:
         self.rounds: list[list[Question]] = []
 
-    def judges(self, _iteration: int) -> list[JudgeSpec]:
-        return self.specs
-
-    def submit_answers(self, pools: Sequence[Pool], questions: Sequence[Sequence[Question]]) -> list[Answers]:
+    def answer(self, pools: Sequence[Pool], questions: Sequence[Sequence[Question]]) -> list[Answers]:
         self.rounds.append([question for group in questions for question in group])
         seen: list[tuple[int, ...]] = list(dict.fromkeys(c.tokens for c in pools[0].candidates))
         return [{q: self.verdict(seen, q) for q in group} for group in questions]
@@ -41,13 +36,11 @@ class Services:
         return 0.9 if seen[question.first] < seen[question.second] else 0.3
 
 
-def score(config: Config) -> tuple[Any, dict[str, tuple[float, float]], Services]:
-    services: Any = Services(config)
-    leader: Any = SimpleNamespace(any=bool, wait=lambda answers, _trouble: answers)
-    nobody: Any = None
-    maker = PreferenceMaker(config, nobody, leader, nobody, nobody, nobody, services)
-    [scores], metrics = maker._score([POOL], 0)
-    return scores, metrics, services
+def score(config: Config) -> tuple[Any, dict[str, tuple[float, float]], Judges]:
+    judges, specs = Judges(), judge_specs(config)
+    scored = ask_rounds(PoolScoring(config, specs, 0, [POOL], [[]]), judges.answer)
+    [scores] = scored.scores
+    return scores, verdict_metrics(config, scored, specs), judges
 
 
 def config_of(judge: JudgeConfig, **preference: Any) -> Config:
@@ -58,8 +51,8 @@ JUDGE = JudgeConfig(judge_url=("http://127.0.0.1:9/v1",), safety_weight=1.0, jud
 
 
 def test_without_a_screen_all_is_asked_at_once() -> None:
-    scores, metrics, services = score(config_of(JUDGE))
-    assert [len(questions) for questions in services.rounds] == [5 * 4 + 5]
+    scores, metrics, judges = score(config_of(JUDGE))
+    assert [len(questions) for questions in judges.rounds] == [5 * 4 + 5]
     assert metrics["candidates/screened"] == (0.0, 1.0)
     assert metrics["judge/position_bias"] == (pytest.approx(0.1 * 20), 20)
     assert metrics["judge/order_consistency/quality"] == (10.0, 10)
@@ -68,10 +61,10 @@ def test_without_a_screen_all_is_asked_at_once() -> None:
 
 
 def test_a_screen_spares_the_comparisons_of_whom_it_stops() -> None:
-    scores, metrics, services = score(config_of(JUDGE, screen_safety_below=0.5, screen_repetition_above=0.5))
-    assert [len(questions) for questions in services.rounds] == [5, 3 * 2]
-    assert all(question.second is None for question in services.rounds[0])
-    assert not {1, 2} & {index for q in services.rounds[1] for index in (q.first, q.second)}
+    scores, metrics, judges = score(config_of(JUDGE, screen_safety_below=0.5, screen_repetition_above=0.5))
+    assert [len(questions) for questions in judges.rounds] == [5, 3 * 2]
+    assert all(question.second is None for question in judges.rounds[0])
+    assert not {1, 2} & {index for q in judges.rounds[1] for index in (q.first, q.second)}
     assert metrics["candidates/screened"] == (2.0, 1.0)
     # In both orders the winner has (0.9 + 0.7) / 2 = 0.8. 0 beats 3 and 4; 3 beats 4.
     assert scores.by_judge["quality"] == pytest.approx((0.8, 0.0, 0.0, 0.5, 0.2, 0.8))
@@ -81,9 +74,9 @@ def test_a_screen_spares_the_comparisons_of_whom_it_stops() -> None:
 
 def test_adaptive_scoring_works_behind_a_screen() -> None:
     screen = {"screen_safety_below": 0.5, "screen_repetition_above": 0.5}
-    scores, metrics, services = score(config_of(JUDGE, scoring="adaptive", **screen))
-    assert all(question.second is None for question in services.rounds[0])
-    compared = [question for questions in services.rounds[1:] for question in questions]
+    scores, metrics, judges = score(config_of(JUDGE, scoring="adaptive", **screen))
+    assert all(question.second is None for question in judges.rounds[0])
+    compared = [question for questions in judges.rounds[1:] for question in questions]
     assert compared
     assert not {1, 2} & {index for q in compared for index in (q.first, q.second)}
     assert (scores.by_judge["quality"][1], scores.by_judge["quality"][2]) == (0.0, 0.0)

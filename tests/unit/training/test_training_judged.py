@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
+from ask_rounds import ask_rounds
 
 from megatron_sip.config.groups import (
     Config,
@@ -26,7 +27,7 @@ from megatron_sip.errors import SipError
 from megatron_sip.recipes.llama import llama_1b4_from_scratch
 from megatron_sip.training.judged import Asked, JudgeWatch, too_few
 from megatron_sip.training.preferences import PreferenceMaker, _lost_rewrites
-from megatron_sip.types import Candidate, CandidateKind, Cut, Missing, MissingReason, Pool
+from megatron_sip.types import Answers, Candidate, CandidateKind, Cut, Missing, MissingReason, Pool, Question
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +40,20 @@ def leader() -> Iterator[SimpleNamespace]:
 
 
 class Services:
-    """Counts as `PreferenceServices.stats` gives them, and what was made void."""
+    """What was made void."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, float] = {"judge_calls": 3.0}
         self.voided: list[int] = []
-
-    def stats(self) -> dict[str, float]:
-        return dict(self.counts)
 
     def void(self, first_sample: int) -> None:
         self.voided.append(first_sample)
 
-    def add(self, name: str, asked: int, **missing: int) -> None:
-        added = {f"asked/{name}": asked} | {f"missing/{name}/{reason}": count for reason, count in missing.items()}
-        for key, count in added.items():
-            self.counts[key] = self.counts.get(key, 0.0) + count
+
+def said_by(name: str, asked: int, **missing: int) -> Answers:
+    """So many answers of a judge, of which so many are missing, by reason."""
+    lost = [Missing(MissingReason(reason)) for reason, count in missing.items() for _ in range(count)]
+    verdicts: list[float | Missing] = [*lost, *[1.0] * (asked - len(lost))]
+    return {Question(name, number): verdict for number, verdict in enumerate(verdicts)}
 
 
 def config_of(objective: str = "online-dpo", **judge: Any) -> Config:
@@ -91,33 +90,29 @@ def test_a_share_of_zero_stops_at_the_first_missing_verdict() -> None:
 
 
 def test_old_steps_leave_the_window(leader: Any) -> None:
-    services = Services()
+    services: Any = Services()
     watch = JudgeWatch(config_of(), leader)
     for step, missing in enumerate([10, 5, 0, 10, 5, 0, 10]):
-        services.add("quality", 10, timeout=missing)
-        services.add("safety", 4)
-        watch.check(cut_at(8 * step), services)  # type: ignore[arg-type]
-    services.add("quality", 10, timeout=6)
+        # The answers about one pool each.
+        watch.check(cut_at(8 * step), services, [said_by("quality", 10, timeout=missing), said_by("safety", 4)])
     with pytest.raises(SipError):
-        watch.check(cut_at(56), services)  # type: ignore[arg-type]
+        watch.check(cut_at(56), services, [said_by("quality", 10, timeout=6)])
     assert services.voided == [40], "the first sample of the three steps"
 
 
-def until_it_stops(watch: JudgeWatch, services: Services, step: Callable[[int], None], steps: int) -> None:
+def until_it_stops(watch: JudgeWatch, services: Any, step: Callable[[int], list[Answers]], steps: int) -> None:
     """Check after each step."""
     for number in range(steps):
-        step(number)
-        watch.check(cut_at(8 * number), services)  # type: ignore[arg-type]
+        watch.check(cut_at(8 * number), services, step(number))
 
 
 def test_one_silent_judge_stops_a_run_that_others_judge(leader: Any) -> None:
     """Also one that is asked in some steps only; those without it do not count."""
     services = Services()
 
-    def step(number: int) -> None:
-        services.add("quality", 100)
-        if number % 3 == 0:
-            services.add("safety", 4, connection=3, malformed=1)
+    def step(number: int) -> list[Answers]:
+        silent = [said_by("safety", 4, connection=3, malformed=1)] if number % 3 == 0 else []
+        return [said_by("quality", 100), *silent]
 
     with pytest.raises(SipError) as error:
         until_it_stops(JudgeWatch(config_of(), leader), services, step, 20)
@@ -133,11 +128,9 @@ SHORT, CUT = Missing(MissingReason.TOO_SHORT), Missing(MissingReason.TRUNCATED)
 
 def without_rewrites(watch: JudgeWatch, steps: int) -> Services:
     """Steps whose rewrites make no candidate, while judges answer whatever they are asked."""
-    services = Services()
+    services: Any = Services()
     for number in range(steps):
-        services.add("quality", 8)
-        services.add("rewriter", 8)
-        watch.check(cut_at(8 * number), services, [CUT] * 5 + [SHORT] * 3)  # type: ignore[arg-type]
+        watch.check(cut_at(8 * number), services, [said_by("quality", 8)], [CUT] * 5 + [SHORT] * 3)
     return services
 
 
@@ -199,29 +192,42 @@ def test_a_rewrite_is_lost_whether_it_did_not_come_or_makes_no_candidate() -> No
 class Rewriting(Services):
     """Services whose rewriter is well and writes far too little."""
 
-    def submit_rewrites(self, requests: Sequence[Any], _max_tokens: int) -> Future[list[str | Missing]]:
-        self.add("rewriter", len(requests))
-        future: Future[list[str | Missing]] = Future()
-        future.set_result(["x"] * len(requests))
+    def submit_rewrites(self, requests: Sequence[Any], _max_tokens: int) -> Future[Any]:
+        return self.done(["x"] * len(requests))
+
+    def submit_rounds(self, begin: Callable[[Any], Any], rewrites: Future[Any]) -> Future[Any]:
+        return self.done(ask_rounds(begin(rewrites.result()), lambda *_: pytest.fail("nobody judges")))
+
+    def all_of(self, futures: Sequence[Future[Any]]) -> Future[Any]:
+        return self.done([future.result() for future in futures])
+
+    def done(self, result: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(result)
         return future
 
     def judges(self, _iteration: int) -> list[Any]:
         return []
 
+    def waits_for(self, role: str) -> str:
+        return role
+
     def asked_of(self) -> dict[str, dict[str, str]]:
         return {}
+
+    def stats(self) -> dict[str, float]:
+        return {"from_journal": 0.0, "from_cache": 0.0}
 
 
 def test_steps_whose_rewrites_are_all_too_short_end_the_run(leader: Any) -> None:
     services: Any = Rewriting()
-    services.counts |= {"from_journal": 0.0, "from_cache": 0.0}
+    told: list[str] = []
     parts: dict[str, Any] = {
         "world": SimpleNamespace(tp_size=1),
         "leader": SimpleNamespace(
             **vars(leader),
-            wait=lambda future, _trouble: future.result(),
+            wait=lambda future, trouble: told.append(trouble()) or future.result(),
             tell=lambda batch: batch,
-            any=lambda value: value,
         ),
         "boundaries": SimpleNamespace(stage=lambda *_: nullcontext()),
         "tokenizer": SimpleNamespace(
@@ -230,21 +236,25 @@ def test_steps_whose_rewrites_are_all_too_short_end_the_run(leader: Any) -> None
     }
     config = pool_config("original", "rewrite", rollouts=1)
     maker = PreferenceMaker(config, engine=None, services=services, **parts)  # type: ignore[arg-type]
+
+    def made(number: int) -> list[Pool]:
+        return maker.finish(maker.begin(cut_at(number), number)).pools
+
     for number in range(2):
-        assert [len(pool.candidates) for pool in maker.make(cut_at(number), number).pools] == [1]
+        assert [len(pool.candidates) for pool in made(number)] == [1]
     with pytest.raises(SipError, match=r"3 of 3 answers of the rewriter service .* most often too_short"):
-        maker.make(cut_at(2), 2)
+        made(2)
     assert services.voided == [0]
+    assert told == ["rewriter", "judge"] * 3, "whose servers the waits are for"
 
 
 def message(leader: Any, name: str, judge: JudgeConfig) -> str:
     """What a silent judge of this name ends the run with, after another reason had been common long before."""
-    services = Services()
+    services: Any = Services()
     watch = JudgeWatch(Config(judge=judge), leader)
-    services.add(name, 100, timeout=40)
-    watch.check(cut_at(0), services)  # type: ignore[arg-type]
+    watch.check(cut_at(0), services, [said_by(name, 100, timeout=40)])
     with pytest.raises(SipError) as error:
-        until_it_stops(watch, services, lambda _: services.add(name, 8, malformed=8), 9)
+        until_it_stops(watch, services, lambda _: [said_by(name, 8, malformed=8)], 9)
     return str(error.value)
 
 
@@ -270,4 +280,4 @@ def test_a_classifier_has_no_server_to_look_at(leader: Any) -> None:
 def test_ranks_that_are_no_leaders_only_listen(leader: Any) -> None:
     watch = JudgeWatch(config_of(), leader)
     for step in range(9):
-        watch.check(cut_at(step), None)
+        watch.check(cut_at(step), None, [])

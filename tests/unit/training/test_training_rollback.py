@@ -60,7 +60,7 @@ def test_the_samples_at_fault_are_left_out_and_those_before_them_are_not() -> No
     bad(watch, 7, 8)
     bad(watch, 9, reason="spike")
     now, done = watch.roll_back(at(9), loading(at(4)))
-    assert done == Rollback(9, 4, "a non-finite loss or gradient or a loss spike", ((24, 36),))
+    assert done == Rollback(9, 4, "a non-finite loss or gradient or a loss spike", ((24, 36),), 16)
     assert (now.iteration, now.consumed_samples, now.jumped) == (4, 16, ((24, 36),))
     assert sample_indices(now.consumed_samples, 12, now.jumped) == [*range(16, 24), *range(36, 40)]
     assert watch.calm

@@ -1,0 +1,1 @@
+"""What a step costs: arithmetic, memory, time and judges, as pure functions of sizes."""

@@ -1,0 +1,145 @@
+"""Memory of one trainer GPU, summed over what the code allocates (docs/scaling.md), for the fullest pipeline stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sip.checkpoint.hf_names import padded_query_groups, padded_vocab_size
+from megatron_sip.config.groups import ModelConfig
+from megatron_sip.config.stages import largest_stage
+from megatron_sip.cost.settings import RunSettings
+from megatron_sip.cost.sizes import ModelSizes
+
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, and on the host for each rank.
+
+    The static ones are there all the time; of training, reference and rollouts only one at a time. The last two are
+    those of a GPU of the vllm engine: weights, and keys and values of all rows that it gets in a step.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    reference_pass: float
+    rollout_cache: float
+    rollout_logits: float
+    host_reference: float
+    wave: int
+    server_weights: float = 0.0
+    server_cache: float = 0.0
+
+    @property
+    def static(self) -> float:
+        """Weights, gradients and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        """The most at any time."""
+        rollouts = self.rollout_cache + self.rollout_logits
+        return self.static + max(self.activations + self.logits, self.reference_pass, rollouts)
+
+
+def stage_parameters(model: ModelSizes, run: RunSettings) -> float:
+    """Parameters of one rank on the fullest stage.
+
+    With PP above 1 either end holds a vocabulary matrix: the embedding, or the LM head (a copy where they are tied).
+    """
+    stages = run.pipeline_model_parallel_size
+    layers = largest_stage(model.num_layers, stages)
+    matrices = 1 if stages > 1 or not model.untied else 2
+    per_layer = model.layer_matmul_parameters + 2 * model.hidden_size
+    return (layers * per_layer + matrices * model.head_parameters) / run.tensor_model_parallel_size
+
+
+def layer_activation_bytes(model: ModelSizes, run: RunSettings) -> float:
+    """Bytes that one token leaves in one layer for the backward pass, on one TP rank.
+
+    Kept whole, or split by sequence parallel: input and output of both norms. Split over TP: queries, keys and values
+    (those of the prefix twice, for either suffix), the output of attention and its copy in the row's order, and in
+    SwiGLU both halves of the first product, the gate behind SiLU, and their product.
+    """
+    tp = run.tensor_model_parallel_size
+    groups = padded_query_groups(model.num_query_groups, tp)
+    heads = groups * model.num_attention_heads // model.num_query_groups
+    split = (3 * heads + 4 * groups) * model.kv_channels + 4 * model.ffn_hidden_size
+    whole = 4 * model.hidden_size / (tp if run.sequence_parallel else 1)
+    return run.element_bytes * (whole + split / tp)
+
+
+def _activations(model: ModelSizes, run: RunSettings, data_parallel: int, row_padding: float) -> float:
+    """What the micro-batches in flight keep; the first stage of 1F1B has as many of them as there are stages."""
+    stages = run.pipeline_model_parallel_size
+    layers = largest_stage(model.num_layers, stages)
+    in_flight = min(stages, max(1, run.global_batch_size // (data_parallel * run.micro_batch_size)))
+    tokens = run.micro_batch_size * run.work().row_tokens * row_padding
+    layer = layer_activation_bytes(model, run)
+    if run.recompute_granularity == "none":
+        return in_flight * tokens * layers * layer
+    split = run.tensor_model_parallel_size if run.sequence_parallel else 1
+    kept = run.element_bytes * model.hidden_size / split
+    return tokens * (in_flight * layers * kept + layer)
+
+
+def cache_bytes_per_prefix(model: ModelSizes, run: RunSettings) -> float:
+    """Keys and values of a prefix and its K continuations on one rank."""
+    tp = run.tensor_model_parallel_size
+    width = 2 * padded_query_groups(model.num_query_groups, tp) // tp * model.kv_channels
+    layers = largest_stage(model.num_layers, run.pipeline_model_parallel_size)
+    copies = 1 if run.prefill_once else run.num_rollouts
+    tokens = copies * run.prefix_length + run.num_rollouts * run.suffix_length
+    return run.element_bytes * layers * width * tokens
+
+
+def server_bytes(model: ModelSizes, run: RunSettings) -> tuple[float, float]:
+    """Weights, and keys and values of a step's rows, on a GPU of the vllm engine; a prefix's pages are kept once."""
+    if run.rollout_engine != "vllm":
+        return 0.0, 0.0
+    tokens = run.prefix_length + run.num_rollouts * run.suffix_length
+    cached = model.cache_elements_per_token * tokens * run.global_batch_size / run.rollout_gpus
+    return run.element_bytes * model.parameters / run.rollout_tensor_parallel_size, run.element_bytes * cached
+
+
+def memory_per_gpu(
+    model: ModelSizes, run: RunSettings, data_parallel: int, usable_bytes: float, row_padding: float = 1.0
+) -> Memory:
+    """The sum. Without a given wave the largest that fits `usable_bytes` is taken, of one prefix at least."""
+    n, size = stage_parameters(model, run), run.element_bytes
+    vocabulary = padded_vocab_size(
+        model.vocab_size, ModelConfig.make_vocab_size_divisible_by, run.tensor_model_parallel_size
+    )
+    work = run.work()
+    scored = run.micro_batch_size * (work.suffixes * work.suffix + (work.prefix - 1 if work.prefix_logits else 0))
+    # Logits and their gradient in the run's type, the softmax and its gradient in fp32.
+    logits = scored * vocabulary / run.tensor_model_parallel_size * (2 * size + 2 * FLOAT)
+    # fp32 runs step the weights themselves; bf16 runs keep fp32 main weights beside them. Adam has two moments.
+    state = (2 * FLOAT + (FLOAT if size == 2 else 0)) * n
+    forward = run.micro_batch_size * work.row_tokens * row_padding * layer_activation_bytes(model, run)
+    rollouts_here = run.rollout_engine == "megatron" and run.num_rollouts > 0
+    static = size * n + FLOAT * n + state / (data_parallel if run.use_distributed_optimizer else 1)
+    per_prefix = cache_bytes_per_prefix(model, run) if rollouts_here else 0.0
+    # Logits of a step of decoding: gathered in the run's type, and twice in fp32 while one token is drawn.
+    row_logits = run.num_rollouts * vocabulary * (size + 2 * FLOAT) if rollouts_here else 0.0
+    share = -(-run.global_batch_size // data_parallel)
+    room = int((usable_bytes - static) / (per_prefix + row_logits)) if rollouts_here else share
+    wave = run.rollout_batch_size or max(1, min(share, room))
+    return Memory(
+        weights=size * n,
+        gradients=FLOAT * n,
+        optimizer=state / (data_parallel if run.use_distributed_optimizer else 1),
+        activations=_activations(model, run, data_parallel, row_padding),
+        logits=logits,
+        reference_pass=size * n + forward + logits / 2 if work.reference else 0.0,
+        rollout_cache=min(wave, share) * per_prefix,
+        rollout_logits=min(wave, share) * row_logits,
+        host_reference=FLOAT * n if work.reference else 0.0,
+        wave=min(wave, share),
+        server_weights=server_bytes(model, run)[0],
+        server_cache=server_bytes(model, run)[1],
+    )

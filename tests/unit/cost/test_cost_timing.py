@@ -1,0 +1,128 @@
+"""Seconds of a step: bounds by arithmetic and by memory, pipeline stages, and what only moves data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from plan_case import LLAMA3_8B, LLAMA_1B4, PAPER
+
+from megatron_sip.cost.flops import step_flops
+from megatron_sip.cost.hardware import Cluster, Efficiency, PartRate, PartWork
+from megatron_sip.cost.memory import memory_per_gpu
+from megatron_sip.cost.parts import step_parts
+from megatron_sip.cost.settings import RunSettings
+from megatron_sip.cost.timing import PolicySeconds, policy_seconds
+
+RUN = RunSettings()
+FREE = Efficiency(layer_overhead_us=0, tp_latency_us=0, token_overhead_us=0)
+
+
+def seconds(run: RunSettings, cluster: Cluster, efficiency: Efficiency = FREE) -> PolicySeconds:
+    memory = memory_per_gpu(LLAMA_1B4, run, cluster.gpus // run.model_parallel, 72e9)
+    return policy_seconds(LLAMA_1B4, run, cluster, efficiency, memory)
+
+
+def test_a_part_is_bound_by_the_slower_of_arithmetic_and_memory() -> None:
+    work = PartWork(dense=10, attention=4, dense_bytes=3, attention_bytes=9, calls=2)
+    assert PartRate(dense=5, attention=4, bandwidth=3, call_seconds=0.5).seconds(work) == 2 + 3 + 1
+    assert PartRate(dense=5, attention=4).seconds(work) == 2 + 1
+
+
+def test_training_reaches_its_share_of_the_peak() -> None:
+    found = seconds(RUN, PAPER.cluster)
+    flops = step_flops(LLAMA_1B4, RUN.work())
+    assert found.train == pytest.approx(flops.train.total / (64 * 989e12 * 0.40))
+    assert found.reference == pytest.approx(flops.reference.total / (64 * 989e12 * 0.45))
+    assert found.prefill == pytest.approx(flops.prefill.total / (64 * 989e12 * 0.45))
+
+
+def test_full_recomputation_costs_a_forward_pass() -> None:
+    base = seconds(RUN, PAPER.cluster).train
+    assert seconds(replace(RUN, recompute_granularity="full"), PAPER.cluster).train == pytest.approx(base * 4 / 3)
+
+
+def test_decoding_of_few_rows_reads_the_weights_once_a_token() -> None:
+    few = replace(RUN, num_rollouts=1, global_batch_size=64, prefix_length=1)
+    found = seconds(few, PAPER.cluster)
+    weights = 2 * (LLAMA_1B4.matmul_parameters + LLAMA_1B4.head_parameters)
+    assert found.decode == pytest.approx(128 * weights / (3.35e12 * 0.6), rel=0.02)
+    twice = seconds(replace(few, num_rollouts=2), PAPER.cluster)
+    assert twice.decode < 1.02 * found.decode, "a second row rides along"
+
+
+def test_decoding_of_many_rows_is_bound_by_arithmetic() -> None:
+    many = replace(RUN, num_rollouts=16, global_batch_size=64 * 256, prefix_length=1)
+    parts = step_parts(LLAMA_1B4, many, 64, waves=1)
+    assert parts.decode.dense / (989e12 * 0.4) > parts.decode.dense_bytes / (3.35e12 * 0.6)
+
+
+def test_a_prefix_is_read_once_for_its_rollouts_by_our_engine_and_for_each_by_vllm() -> None:
+    mine = step_parts(LLAMA_1B4, RUN, 64, waves=1).decode.attention_bytes
+    server = replace(RUN, rollout_engine="vllm", rollout_gpus=64)
+    theirs = step_parts(LLAMA_1B4, server, 64, waves=1).decode.attention_bytes
+    own = 16 * (128 + 1) / 2
+    assert theirs / mine == pytest.approx((16 * 1024 + own) / (1024 + own))
+
+
+def test_waves_read_the_weights_again() -> None:
+    one, two = (step_parts(LLAMA_1B4, RUN, 64, waves=waves) for waves in (1, 2))
+    assert two.decode.dense_bytes == 2 * one.decode.dense_bytes
+    assert two.decode.dense == one.decode.dense
+    assert two.tokens == 2 * one.tokens
+
+
+def test_one_group_leaves_the_other_stages_idle_and_several_fill_them() -> None:
+    flat = step_parts(LLAMA_1B4, RUN, 16, waves=1)
+    staged = replace(RUN, pipeline_model_parallel_size=4)
+    idle = step_parts(LLAMA_1B4, staged, 64, waves=1)
+    assert idle.decode.dense == pytest.approx(flat.decode.dense), "four times the GPUs, the same time"
+    filled = step_parts(LLAMA_1B4, replace(staged, rollout_groups=4), 64, waves=1)
+    assert filled.decode.dense == pytest.approx(flat.decode.dense * 7 / 16)
+
+
+def test_the_bubble_of_1f1b() -> None:
+    staged = replace(RUN, pipeline_model_parallel_size=4)
+    parts = step_parts(LLAMA_1B4, staged, 16, waves=1)
+    micro_batches = 256 // 4
+    flat = step_parts(LLAMA_1B4, RUN, 16, waves=1)
+    assert parts.train.dense / flat.train.dense == pytest.approx((micro_batches + 3) / micro_batches)
+
+
+def test_what_moves_data_only() -> None:
+    found = seconds(RUN, PAPER.cluster)
+    bytes_fp32 = 4 * LLAMA_1B4.parameters
+    assert found.gradient_reduce == pytest.approx(2 * bytes_fp32 * 63 / 64 / 50e9, rel=1e-3)
+    assert found.reference_swap == pytest.approx(bytes_fp32 / 50e9, rel=1e-3)
+    assert found.reference_update == pytest.approx(found.reference_swap * 2 / 10)
+    assert found.optimizer == pytest.approx(34 * LLAMA_1B4.parameters / (3.35e12 * 0.7), rel=1e-3)
+    hidden = seconds(replace(RUN, overlap_grad_reduce=True), PAPER.cluster).gradient_reduce
+    assert 0 < hidden < found.gradient_reduce
+    pushed = seconds(replace(RUN, rollout_engine="vllm", rollout_gpus=8), PAPER.cluster)
+    assert pushed.weight_push == pytest.approx(2 * LLAMA_1B4.parameters / 50e9)
+    assert found.weight_push == 0
+
+
+def test_nll_has_no_reference() -> None:
+    found = seconds(replace(RUN, objective="rf-nll"), PAPER.cluster)
+    assert (found.reference, found.reference_swap, found.reference_update) == (0, 0, 0)
+
+
+def test_the_parts_sum_to_the_whole_and_each_overhead_is_counted() -> None:
+    base = seconds(RUN, PAPER.cluster)
+    assert base.total == pytest.approx(sum(vars(base).values()))
+    slow = seconds(RUN, PAPER.cluster, replace(FREE, layer_overhead_us=10, token_overhead_us=100, row_padding=1.5))
+    assert slow.decode - base.decode == pytest.approx(128 * (24 * 10e-6 + 100e-6))
+    assert slow.train == pytest.approx(1.5 * base.train)
+    tensor = replace(RUN, tensor_model_parallel_size=8)
+    with_latency = replace(FREE, tp_latency_us=5)
+    difference = seconds(tensor, PAPER.cluster, with_latency).decode - seconds(tensor, PAPER.cluster).decode
+    assert difference == pytest.approx(128 * 24 * 2 * 5e-6)
+
+
+def test_a_large_model_on_more_gpus_is_faster() -> None:
+    tensor = replace(RUN, tensor_model_parallel_size=8)
+    memory = memory_per_gpu(LLAMA3_8B, tensor, 8, 72e9)
+    some = policy_seconds(LLAMA3_8B, tensor, Cluster(gpus=64), Efficiency(), memory)
+    more = policy_seconds(LLAMA3_8B, tensor, Cluster(gpus=256), Efficiency(), memory)
+    assert more.total < some.total
