@@ -1,9 +1,10 @@
-"""Start one vLLM server for a model folder, as judge and rewriter, and keep it until told to stop.
+"""Start one vLLM server for a model folder, as judge and rewriter or for rollouts, and keep it until told to stop.
 
 Runs in any Python (standard library only) and starts vLLM with the judge environment's own interpreter. It picks
 a free port, waits until the server is healthy, prints the base URL as the only line on standard output, and then
 stays in the foreground. SIGTERM, SIGINT, SIGHUP or the death of the calling process end the whole server.
-A key is taken from the environment (JUDGE_API_KEY, or VLLM_API_KEY) and never put on a command line.
+A key is taken from the environment (JUDGE_API_KEY, with --rollouts ROLLOUT_API_KEY, or VLLM_API_KEY) and never put on a
+command line.
 
     python tools/serve_vllm.py --model models/smollm2-135m-instruct [--ready-file FILE] [-- more vLLM flags]
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import http.client
+import ipaddress
 import json
 import os
 import shutil
@@ -34,6 +36,7 @@ PR_SET_PDEATHSIG = 1
 CPU_BLOCK = 32
 """Tokens of a block of the prefix cache on a CPU; vLLM prefers multiples of 32 there."""
 PROGRESS_SECONDS = 5.0
+KEYS = ("JUDGE_API_KEY", "ROLLOUT_API_KEY")
 KEYS_OF_OTHERS = ("REWRITER_API_KEY", "WANDB_API_KEY")
 
 
@@ -44,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         python = judge_python(args.judge_venv)
         if not (args.model / "config.json").is_file():
             raise RuntimeError(f"--model {args.model} is no model folder: it holds no config.json")
+        if args.rollouts:
+            require_private(args.host)
         port = choose_port(args.host, args.port)
         make_folders(args)
         log = args.log_file.open("ab") if args.log_file else None
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     device = args.device if args.device != "auto" else ("gpu" if has_gpu() else "cpu")
     server = subprocess.Popen(
         server_command(args, python, device, port),
-        env=server_environment(device, args.threads, args.kv_cache_gib),
+        env=server_environment(device, args.threads, args.kv_cache_gib, args.rollouts),
         stdin=subprocess.DEVNULL,
         stdout=log or sys.stderr,
         stderr=subprocess.STDOUT if log else None,
@@ -75,6 +80,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags of this tool; what follows `--` goes to vLLM unchanged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
+    parser.add_argument(
+        "--rollouts",
+        action="store_true",
+        help="for --rollout-engine vllm of the trainer: with the development endpoints that take new weights",
+    )
     parser.add_argument("--served-model-name", help="name that clients use (default: the folder's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="port; 0 picks a free one (default)")
@@ -131,6 +141,21 @@ def choose_port(host: str, wanted: int) -> int:
     return wanted
 
 
+def require_private(host: str) -> None:
+    """RuntimeError where the development endpoints, by which one can run code, would face a public network."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError as error:
+        raise RuntimeError(
+            f"--host {host} is a name; with --rollouts give the private address of this machine"
+        ) from error
+    if address.is_unspecified or not (address.is_loopback or address.is_private or address.is_link_local):
+        raise RuntimeError(
+            f"--host {host} would open the development endpoints of --rollouts, by which anybody can run code here, to "
+            "networks that are not private; give the private address of this machine"
+        )
+
+
 def make_folders(args: argparse.Namespace) -> None:
     """The folders of the log and of the ready file, and no ready file of an earlier server."""
     for file in (args.log_file, args.ready_file):
@@ -163,6 +188,9 @@ def server_command(args: argparse.Namespace, python: str, device: str, port: int
         # Only whole blocks of keys and values are shared between prompts. vLLM's 128 tokens on a CPU are longer than
         # what two short prompts have in common; what stands behind `--` comes later and wins.
         command += ["--enforce-eager", "--block-size", str(CPU_BLOCK)]
+    if args.rollouts:
+        # What the model's folder says of sampling is meant for its users, not for the policy that is trained.
+        command += ["--generation-config", "vllm"]
     return command + list(args.vllm_flags)
 
 
@@ -184,13 +212,16 @@ def served_name(args: argparse.Namespace) -> str:
     return str(args.served_model_name or args.model.resolve().name)
 
 
-def server_environment(device: str, threads: int, kv_cache_gib: int) -> dict[str, str]:
+def server_environment(device: str, threads: int, kv_cache_gib: int, rollouts: bool = False) -> dict[str, str]:
     """The server's environment: no hub, no usage report, bounded CPU threads, the key under vLLM's name."""
     env = dict(os.environ)
     env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     for name in [name for name in env if name in KEYS_OF_OTHERS or name.endswith("_JUDGE_API_KEY")]:
         del env[name]
-    key = env.pop("JUDGE_API_KEY", None)
+    keys = {name: env.pop(name, None) for name in KEYS}
+    key = keys["ROLLOUT_API_KEY" if rollouts else "JUDGE_API_KEY"]
+    if rollouts:
+        env["VLLM_SERVER_DEV_MODE"] = "1"
     if key:
         env.setdefault("VLLM_API_KEY", key.strip())  # as the client sends it
     if device == "cpu":

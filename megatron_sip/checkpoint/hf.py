@@ -81,6 +81,7 @@ def export_hf(
     tokenizer_folder: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    durable: bool = True,
 ) -> None:
     """Write the policy as a Hugging Face folder that appears only when it is whole.
 
@@ -89,6 +90,7 @@ def export_hf(
     model             the resolved architecture, unpadded
     tokenizer_folder  its tokenizer files are copied and its special ids stand in config.json
     dtype             of the written weights; default that of the parameters
+    durable           it is on the disk when this returns; without, it only appears whole
 
     Raises:
         CheckpointError: on all ranks of the group alike, with nothing changed in `folder`.
@@ -112,7 +114,7 @@ def export_hf(
     if own_rank(group) == WRITER:
         config = hf_config_from_model(model, dtype, ids)
         try:
-            with new_folder(folder) as temporary:
+            with new_folder(folder, durable) as temporary:
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
                 copy_files(tokenizer_folder, temporary)
                 _write_weights(

@@ -134,8 +134,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def new_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name, durably, when the block ends without an exception.
+def new_folder(target: str | Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block ends without an exception.
+
+    With `durable` it is on the disk before it has its name; without, only a reader sees it whole or not at all.
 
     Raises:
         CheckpointError: `target` exists and is not empty, or the disk refuses.
@@ -151,11 +153,13 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise _refused(final, error) from error
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
+        if durable:
+            for path in temporary.rglob("*"):
+                _sync(path)
+            _sync(temporary)
         temporary.rename(final)
-        _sync(final.parent)
+        if durable:
+            _sync(final.parent)
     except OSError as error:
         raise _refused(final, error) from error
     finally:

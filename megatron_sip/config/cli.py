@@ -44,7 +44,8 @@ class _CommandLine(Config):
 
     config: tuple[str, ...] = ()
     """YAML files with settings, a key for each flag (micro_batch_size: 2). Flags win over them, later files over
-    earlier ones. Keys of servers come from the environment only: JUDGE_API_KEY, REWRITER_API_KEY, WANDB_API_KEY."""
+    earlier ones. Keys of servers come from the environment only: JUDGE_API_KEY, REWRITER_API_KEY, ROLLOUT_API_KEY,
+    WANDB_API_KEY."""
 
 
 def parse_config(argv: Sequence[str]) -> Config:

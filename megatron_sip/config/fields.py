@@ -16,8 +16,8 @@ from megatron_sip.config.groups import Config
 # Whole words, so that judge_max_tokens or tokenizer_model are no secrets.
 _SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials", "authorization"}
 SECRET_HELP = (
-    "keys and tokens are read from the environment only (JUDGE_API_KEY, REWRITER_API_KEY, WANDB_API_KEY), "
-    "so that no log, process list or checkpoint holds them"
+    "keys and tokens are read from the environment only (JUDGE_API_KEY, REWRITER_API_KEY, ROLLOUT_API_KEY, "
+    "WANDB_API_KEY), so that no log, process list or checkpoint holds them"
 )
 
 

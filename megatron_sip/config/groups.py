@@ -197,6 +197,31 @@ class RolloutConfig:
     """Let a rollout end at end-of-document; otherwise that token is never sampled."""
     rollout_batch_size: int | None = None
     """Prefixes of one rollout wave on one data parallel rank; default all."""
+    rollout_engine: Literal["megatron", "vllm"] = "megatron"
+    """Who writes the rollouts: the training processes with their own weights, or vLLM servers that are sent the
+    weights before every step; see docs/rollouts.md."""
+    rollout_url: tuple[str, ...] = ()
+    """Base URLs of the vLLM servers of --rollout-engine vllm, each of one server. The key: env ROLLOUT_API_KEY."""
+    rollout_model: str | None = None
+    """Model name on these servers; default the only one they serve."""
+    rollout_weights_dir: str | None = None
+    """Folder through which the weights go; the servers see it under the same path. Default, where all servers are on
+    this machine: a folder in memory (/dev/shm), else the one for temporary files."""
+    rollout_proof: Literal["checksum", "logprobs"] = "checksum"
+    """How a server proves that it has the new weights. logprobs: by those of a text, within --rollout-tolerance;
+    checksum: by those and by the checksums of its tensors, exactly."""
+    rollout_tolerance: float | None = None
+    """Most that a server's log-probabilities may differ from the policy's, in nats for a token in the mean; default
+    0.3, and 0.001 where both compute in float32."""
+    rollout_concurrency: int = 64
+    """Calls in flight per leader and rollout server; a call asks for all rollouts of a prefix."""
+    rollout_timeout: float = 600.0
+    """Seconds that one call to a rollout server may take in total, retries included."""
+    rollout_retries: int = 3
+    """Retries of a failed call to a rollout server within its deadline."""
+    allow_insecure_rollout: bool = False
+    """Allow rollout servers at public addresses, though anybody who reaches their development endpoints can run code
+    there, and sending a key over plain http to another host."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ _AT_LEAST_ONE = (
     *("context_parallel_size", "distributed_timeout_minutes", "seq_length", "suffix_length", "min_prefix_length"),
     *("max_prefix_length", "min_document_length", "micro_batch_size", "global_batch_size", "train_iters"),
     *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
+    "rollout_concurrency",
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
     *("judge_votes", "judge_max_tokens", "judge_missing_window", "loss_spike_window"),
     *("judge_concurrency", "rewrite_interval", "rewrite_ahead", "save_interval", "log_interval", "sample_log_interval"),
@@ -32,13 +33,14 @@ _ABOVE_ZERO = (
     *("rotary_base", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "norm_epsilon"),
     *("init_method_std", "exit_duration_in_mins", "lr", "adam_eps", "beta", "judge_timeout"),
     *("loss_spike_threshold", "judge_hedge_after", "judge_cache_size_gb"),
+    *("rollout_tolerance", "rollout_timeout"),
 )
 _AT_LEAST_ZERO = (
     *("seed", "min_lr", "sigterm_grace", "lr_warmup_iters", "weight_decay", "clip_grad", "temperature", "nll_weight"),
     *("prefix_ntp_weight", "curriculum_rollout_start", "curriculum_rollout_ramp", "curriculum_bonus"),
     *("curriculum_bonus_iters", "quality_weight", "safety_weight", "factuality_weight", "likelihood_weight"),
     *("classifier_weight", "judge_temperature", "judge_retries", "rewriter_temperature", "max_rollbacks"),
-    *("reward_weight", "reward_label"),
+    *("reward_weight", "reward_label", "rollout_retries"),
 )
 _ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p", "adaptive_confidence")
 _ZERO_TO_ONE = ("judge_lag", "min_answered_fraction", "screen_safety_below", "screen_repetition_above")

@@ -34,8 +34,9 @@ def validate(config: Config, world_size: int) -> None:
     problems += [*_schedule(config), *_lengths(config, model), *_folders(config), *_timeouts(config)]
     if config.training.objective != "ntp":
         from megatron_sip.config.validate_preference import preference_problems
+        from megatron_sip.config.validate_rollout import rollout_problems
 
-        problems += preference_problems(config)
+        problems += [*preference_problems(config), *rollout_problems(config)]
     _raise(problems)
 
 

@@ -57,6 +57,12 @@ TIMES: tuple[MetricSpec, ...] = (
     MetricSpec("time/rollout", label="rollout (s)", form=".2f"),
     MetricSpec("time/judge_wait", label="judge wait (s)", form=".2f"),
     MetricSpec("time/rewrite_wait", label="rewrite wait (s)", form=".2f", show_zero=False),
+    # Of the rollouts on vLLM servers: weights to the servers, proof that they have them, and the writing.
+    MetricSpec("time/rollout_push", label="push (s)", form=".2f", show_zero=False),
+    MetricSpec("time/rollout_probe", label="probe (s)", form=".2f", show_zero=False),
+    MetricSpec("time/rollout_write", label="write (s)", form=".2f", show_zero=False),
+    MetricSpec("rollout/tokens_per_second", label="rollout tokens/s", form=".0f", show_zero=False),
+    MetricSpec("rollout/servers_behind", label="rollout servers behind", form=".0f", show_zero=False),
     MetricSpec("time/reference", label="reference (s)", form=".2f"),
     MetricSpec("time/train", label="train (s)", form=".2f"),
 )

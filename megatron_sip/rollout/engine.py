@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import torch
@@ -33,10 +33,12 @@ class Rollouts:
 
     tokens   [prefixes, num_rollouts, max_new_tokens] int64 on the host; 0 behind a row's length
     lengths  [prefixes, num_rollouts] int64; the EOD that ends a row counts
+    metrics  what the engine measured, as (sum, count) by a name of `metrics/names.py`
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def row(self, prefix: int, rollout: int) -> tuple[int, ...]:
         """The tokens of one continuation."""
@@ -59,4 +61,8 @@ class RolloutEngine(Protocol):
         of each prefix once, as soon as all its rollouts are there, while those of others may still be written.
         The randomness of a row depends on (seed, sample index, rollout, position) alone.
         """
+        ...
+
+    def close(self) -> None:
+        """Leave nothing running and nothing behind."""
         ...

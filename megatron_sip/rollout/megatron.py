@@ -72,6 +72,9 @@ class MegatronEngine:
             tokens=torch.cat([part.tokens for part in parts]), lengths=torch.cat([part.lengths for part in parts])
         )
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def _wave(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
         """Prefill each prefix once, then decode all rows together."""
         lengths = torch.tensor([len(prefix) for prefix in prefixes])

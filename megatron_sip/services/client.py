@@ -145,7 +145,13 @@ class ServiceClient:
         Raises:
             ServiceError: no server answers, and `on_outage` is "stop" or the services are starting.
         """
-        request = _Request(path, json.dumps(body).encode(), at_root)
+        return await self._call(_Request(path, json.dumps(body).encode(), at_root))
+
+    async def get(self, path: str, at_root: bool = False) -> dict[str, Any] | Missing:
+        """GET `path`; all else as `post`."""
+        return await self._call(_Request(path, None, at_root))
+
+    async def _call(self, request: _Request) -> dict[str, Any] | Missing:
         async with self._slots:
             self.calls += 1
             with self._holds.of_call() as hold:

@@ -40,9 +40,9 @@ class Secret:
 class ClientSettings:
     """One service: its servers and the limits of a call.
 
-    `key_variables` are environment variables in order of preference. `url_flag` and `model_flag` only serve
-    messages. `timeout` is in seconds and holds for a call as a whole, retries and pauses included. `hedge_after` are
-    seconds without an answer after which a second copy of the call is sent. `on_outage` tells what becomes of calls
+    `key_variables` are environment variables in order of preference. `url_flag`, `model_flag` and `insecure_flag` only
+    serve messages. `timeout` is in seconds and holds for a call as a whole, retries and pauses included. `hedge_after`
+    are seconds without an answer after which a second copy of the call is sent. `on_outage` tells what becomes of calls
     while no server answers: they are missing, they wait for a server, or they raise. Calls that wait do so outside
     `timeout`, also while all servers ask to be left alone.
     """
@@ -60,6 +60,7 @@ class ClientSettings:
     ca_file: str | None = None
     url_flag: str = "--judge-url"
     model_flag: str = "--judge-model"
+    insecure_flag: str = "--allow-insecure-judge"
 
 
 def parse_endpoints(settings: ClientSettings) -> list[Endpoint]:
@@ -126,7 +127,7 @@ def read_key(settings: ClientSettings, environ: Mapping[str, str] | None = None)
         if urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname) and not settings.allow_insecure:
             raise ConfigError(
                 f"{settings.url_flag} {url} would send the key of {name} over plain http to another host; "
-                "use https, unset the key, or give --allow-insecure-judge on a private network"
+                f"use https, unset the key, or give {settings.insecure_flag} on a private network"
             )
     return Secret(value)
 

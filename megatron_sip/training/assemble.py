@@ -27,7 +27,9 @@ from megatron_sip.model.build import build_policy, first_layer
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.leader import Leader
 from megatron_sip.parallel.world import World
+from megatron_sip.rollout.engine import RolloutEngine
 from megatron_sip.rollout.megatron import MegatronEngine
+from megatron_sip.rollout.vllm import VllmEngine
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.preferences import BatchMaker, NextTokenMaker, PreferenceMaker
@@ -143,13 +145,26 @@ def build_maker(
     policy: PolicyModel,
     services: PreferenceServices | None,
 ) -> BatchMaker:
-    """What turns cuts into rows for this objective."""
+    """What turns cuts into rows for this objective.
+
+    Raises:
+        ServiceError: a rollout server cannot be used; on all ranks alike.
+    """
     if config.training.objective == "ntp":
         return NextTokenMaker(config, world)
-    engine = MegatronEngine(
-        policy, world, config.rollout.rollout_batch_size, at_boundary=lambda: boundaries.before("rollout")
-    )
+    engine = _rollout_engine(config, world, leader, boundaries, policy)
     return PreferenceMaker(config, world, leader, boundaries, tokenizer, engine, services)
+
+
+def _rollout_engine(
+    config: Config, world: World, leader: Leader, boundaries: Boundaries, policy: PolicyModel
+) -> RolloutEngine:
+    def at_boundary() -> None:
+        boundaries.before("rollout")
+
+    if config.rollout.rollout_engine == "vllm":
+        return VllmEngine(policy, config, world, leader, at_boundary)
+    return MegatronEngine(policy, world, config.rollout.rollout_batch_size, at_boundary)
 
 
 def build_trainer(config: Config, world: World) -> PolicyTrainer:

@@ -69,6 +69,7 @@ class Run:
         self.boundaries = Boundaries(world, watch)
         self.services: PreferenceServices | None = None
         self.reporter: Reporter | None = None
+        self._opened = ExitStack()
         save = config.checkpoint.save
         self.lock = SaveLock(Path(save) if save and world.is_main else None, _say)
 
@@ -109,6 +110,7 @@ class Run:
         self.maker = assemble.build_maker(
             self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
         )
+        self._opened.callback(self.maker.close)
         self.upcoming = Upcoming(self.config, self.maker, self.cuts)
         self.overlap: Overlap[BegunBatch] = Overlap(lag_of(self.config), self.config.training.train_iters)
 
@@ -177,6 +179,7 @@ class Run:
         """Leave nothing running and no file open, whatever happened before."""
         with self.watch.stage("report"), ExitStack() as closing:
             closing.callback(self.lock.release)  # called last
+            closing.callback(self._opened.close)
             if self.reporter:
                 closing.callback(self.reporter.close)
             if self.services:

@@ -104,6 +104,10 @@ class BatchMaker(Protocol):
         """Drop what was prefetched: the iterations to come are about other cuts."""
         ...
 
+    def close(self) -> None:
+        """Leave nothing running."""
+        ...
+
 
 class NextTokenMaker:
     """Plain pretraining: every cut is one row of next-token prediction."""
@@ -124,6 +128,9 @@ class NextTokenMaker:
 
     def forget(self) -> None:
         """Nothing was asked of anybody."""
+
+    def close(self) -> None:
+        """Nothing is running."""
 
 
 class PreferenceMaker:
@@ -237,7 +244,10 @@ class PreferenceMaker:
             pools=scored.pools,
             scores=scored.scores,
             pairs=pairs,
-            metrics=self._metrics(scored, pairs, batch.iteration),
+            metrics={
+                **self._metrics(scored, pairs, batch.iteration),
+                **(batch.rollouts.metrics if batch.rollouts and self.services else {}),
+            },
             seconds={
                 "rollout": writing,
                 "rewrite_wait": rewritten - started,
@@ -261,6 +271,10 @@ class PreferenceMaker:
         for future in self._rewrites.values():
             future.cancel()
         self._rewrites.clear()
+
+    def close(self) -> None:
+        """Close the rollout engine; the services belong to others."""
+        self.engine.close()
 
     def _metrics(
         self, scored: Scored, pairs: Sequence[Pair | NoPair], iteration: int

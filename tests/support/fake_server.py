@@ -113,6 +113,7 @@ class FakeServer:
         app.router.add_post("/score", self._scripted(self._score))
         if self._tokenize:
             app.router.add_post("/tokenize", self._tokens)
+        self.add_routes(app)
         runner = web.AppRunner(app, shutdown_timeout=0.2, handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", self.port, ssl_context=self._tls)
@@ -121,6 +122,9 @@ class FakeServer:
         self._ready.set()
         await self._stop.wait()
         await runner.cleanup()
+
+    def add_routes(self, app: web.Application) -> None:
+        """More routes, of a server that can more."""
 
     def _scripted(self, proper: Handler) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:

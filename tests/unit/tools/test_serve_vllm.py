@@ -36,7 +36,7 @@ if os.environ.get("STAND_IN_IGNORES_TERM"):
 else:
     signal.signal(signal.SIGTERM, lambda *_: (child.kill(), os._exit(0)))
 names = "VLLM_API_KEY JUDGE_API_KEY B_JUDGE_API_KEY WANDB_API_KEY".split()
-names += "OMP_NUM_THREADS VLLM_CPU_OMP_THREADS_BIND HF_HUB_OFFLINE".split()
+names += "OMP_NUM_THREADS VLLM_CPU_OMP_THREADS_BIND HF_HUB_OFFLINE ROLLOUT_API_KEY VLLM_SERVER_DEV_MODE".split()
 seen = {name: os.environ.get(name) for name in names}
 note.write_text(json.dumps({"pids": [os.getpid(), child.pid], "argv": sys.argv[1:], "env": seen}))
 class Health(http.server.BaseHTTPRequestHandler):
@@ -144,6 +144,8 @@ def test_it_announces_the_server_and_ends_it(launch: Launch, number: signal.Sign
         "OMP_NUM_THREADS": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "HF_HUB_OFFLINE": "1",
+        "ROLLOUT_API_KEY": None,
+        "VLLM_SERVER_DEV_MODE": None,
     }
     argv = " ".join(noted["argv"])  # type: ignore[arg-type]
     assert "--seed 5" in argv
@@ -153,6 +155,28 @@ def test_it_announces_the_server_and_ends_it(launch: Launch, number: signal.Sign
     assert process.wait(20) == 0
     assert not any(alive(pid) for pid in launch.pids())
     assert not launch.ready.exists()
+
+
+def test_a_rollout_server_has_the_development_endpoints_and_its_own_key(launch: Launch) -> None:
+    keys = {"JUDGE_API_KEY": "of-the-judge", "ROLLOUT_API_KEY": "secret-key"}
+    assert first_line(launch.start("--rollouts", **keys))
+    wait_until(launch.ready.exists)
+    noted = launch.noted()
+    argv, env = noted["argv"], noted["env"]
+    assert isinstance(argv, list)
+    assert isinstance(env, dict)
+    assert argv[argv.index("--generation-config") + 1] == "vllm"
+    assert (env["VLLM_API_KEY"], env["JUDGE_API_KEY"], env["ROLLOUT_API_KEY"]) == ("secret-key", None, None)
+    assert env["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "8.8.8.8", "this-machine"])
+def test_a_rollout_server_faces_private_networks_only(launch: Launch, host: str) -> None:
+    process = launch.start("--rollouts", "--host", host)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "private address of this machine" in errors
+    assert not launch.note.exists()
 
 
 def test_nothing_is_left_when_the_tool_is_killed(launch: Launch) -> None:

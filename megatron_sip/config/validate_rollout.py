@@ -1,0 +1,65 @@
+"""Rollouts: whether the settings of servers are meant for a run that has some, and make sense for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from megatron_sip.config.fields import flag_of
+from megatron_sip.config.groups import Config, RolloutConfig
+from megatron_sip.errors import ConfigError
+from megatron_sip.rollout.address import all_local, client_settings, public_addresses
+from megatron_sip.services.endpoint import parse_endpoints
+
+_OF_SERVERS = (
+    *("rollout_url", "rollout_model", "rollout_weights_dir", "rollout_proof", "rollout_tolerance"),
+    *("rollout_concurrency", "rollout_timeout", "rollout_retries", "allow_insecure_rollout"),
+)
+
+
+def rollout_problems(config: Config) -> Iterator[str]:
+    """A sentence for each setting of rollout servers that cannot be meant."""
+    rollout = config.rollout
+    if rollout.rollout_engine == "megatron":
+        default = RolloutConfig()
+        for name in _OF_SERVERS:
+            if getattr(rollout, name) != getattr(default, name):
+                yield (
+                    f"{flag_of(name)} is given, but --rollout-engine megatron asks no server; say --rollout-engine "
+                    f"vllm, or leave {flag_of(name)} out"
+                )
+        return
+    if not rollout.rollout_url:
+        yield (
+            "--rollout-engine vllm needs --rollout-url, the base URL of a server in development mode such as "
+            "http://127.0.0.1:8200/v1 (tools/serve_vllm.py --rollouts starts one)"
+        )
+        return
+    if rollout.rollout_batch_size is not None:
+        yield (
+            f"--rollout-batch-size {rollout.rollout_batch_size} bounds the memory of --rollout-engine megatron; a vLLM "
+            "server plans its own, so leave it out"
+        )
+    try:
+        parse_endpoints(client_settings(rollout))
+    except ConfigError as error:
+        yield str(error)
+        return
+    if not rollout.allow_insecure_rollout:
+        yield from public_addresses(rollout.rollout_url)
+    yield from _folder(rollout)
+
+
+def _folder(rollout: RolloutConfig) -> Iterator[str]:
+    folder = rollout.rollout_weights_dir
+    if folder is None:
+        if not all_local(rollout.rollout_url):
+            yield (
+                "--rollout-weights-dir is missing; servers on other machines need a shared folder, which they see "
+                "under the same path as the trainer"
+            )
+    elif not os.path.isabs(folder):
+        yield (
+            f"--rollout-weights-dir {folder} is no absolute path, and the servers run in folders of their own; begin "
+            "it with /"
+        )
