@@ -6,7 +6,7 @@ A plan speaks of the *distinct* candidates of a pool: candidates with identical 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from megatron_sip.config.groups import ScoringMethod
 from megatron_sip.preference.adaptive import AdaptivePlan, AdaptiveSettings
 from megatron_sip.preference.draw import Purpose, draw_index
 from megatron_sip.preference.spec import JudgeSpec
-from megatron_sip.types import Answers, Candidate, CandidateKind, Question, Scores, Verdict
+from megatron_sip.types import Answers, Candidate, CandidateKind, Pool, Question, Scores, Verdict
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ def distinct(candidates: Sequence[Candidate]) -> Distinct:
             members.append(index)
         of_candidate.append(seen[candidate.tokens])
     return Distinct(tuple(members), tuple(of_candidate))
+
+
+def distinct_pool(pool: Pool) -> Pool:
+    """`pool` with each token sequence once, which is what question indices speak of."""
+    members = distinct(pool.candidates).members
+    return replace(pool, candidates=tuple(pool.candidates[member] for member in members))
 
 
 class ScoringPlan(Protocol):

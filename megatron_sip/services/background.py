@@ -51,3 +51,11 @@ class BackgroundLoop:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
         finally:
             self._loop.close()
+
+
+async def cancel_others() -> None:
+    """End all that runs in this event loop besides the caller."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

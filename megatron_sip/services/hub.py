@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -17,8 +16,8 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.config.judge_set import active_judges
 from megatron_sip.errors import ConfigError
-from megatron_sip.preference.scoring import JudgeSpec, distinct
-from megatron_sip.services.background import BackgroundLoop
+from megatron_sip.preference.scoring import JudgeSpec, distinct_pool
+from megatron_sip.services.background import BackgroundLoop, cancel_others
 from megatron_sip.services.build import (
     build_judge,
     build_servers,
@@ -60,9 +59,8 @@ class PreferenceServices:
         self._rewriter: Rewriter | None = None
         self._loop: BackgroundLoop | None = None
         self._journal: Journal | None = None
-        self._from_journal = 0
         self._cache: AnswerCache | None = None
-        self._from_cache = 0
+        self._spared: Counter[str] = Counter()
         self._flights = SingleFlight()
         self._seconds = {"judge_seconds": 0.0, "rewriter_seconds": 0.0}
         self._asked: Counter[str] = Counter()
@@ -154,29 +152,32 @@ class PreferenceServices:
         """
         if len(pools) != len(questions):
             raise ValueError(f"{len(pools)} pools but {len(questions)} lists of questions")
-        place = self._verdict_turns.place()
-        return self._submit(self._answer_all(list(pools), [list(group) for group in questions], place))
+        asked, place = [list(group) for group in questions], self._verdict_turns.place()
+        return self._submit(self._answer_all(list(pools), asked, place))
 
     def submit_rounds(
-        self, begin: Callable[[Rewrites | None], Rounds[T]], rewrites: Future[Rewrites] | None = None
+        self, begin: Callable[[Rewrites | None], Rounds[T]], rewrites: Future[Rewrites] | None, spared: Counter[str]
     ) -> Future[T]:
         """Ask in rounds, in the background to the end; what was submitted before is asked first. The rounds' result.
 
-        `begin` makes the rounds in a thread once `rewrites` are there.
+        `begin` makes the rounds in a thread once `rewrites`, if any, are there. `spared` takes the counts of `stats`
+        of what nobody was asked for: `from_journal`, `from_cache`. It is whole when the future is done.
         """
         place = self._verdict_turns.place()
-        return self._submit(run_rounds(begin, rewrites, partial(self._answer_all, place=place)))
+        return self._submit(run_rounds(begin, rewrites, partial(self._answer_all, place=place, spared=spared)))
 
     def all_of(self, futures: Sequence[Future[T]]) -> Future[list[T]]:
         """The results of futures of this object, in their order; cancelling it cancels them."""
         return self._submit(gathered(futures))
 
-    def submit_rewrites(self, requests: Sequence[RewriteRequest], max_tokens: int) -> Future[Rewrites]:
-        """Rewrite each original; `max_tokens` are tokens of the rewriter."""
+    def submit_rewrites(
+        self, requests: Sequence[RewriteRequest], max_tokens: int, spared: Counter[str] | None = None
+    ) -> Future[Rewrites]:
+        """Rewrite each original; `max_tokens` are tokens of the rewriter, `spared` is as in `submit_rounds`."""
         if self._rewriter is None:
             raise ConfigError("no rewriter is configured: neither --pool nor --objective asks for rewrites")
         place = self._rewrite_turns.place()
-        return self._submit(self._rewrite_all(self._rewriter, list(requests), max_tokens, place))
+        return self._submit(self._rewrite_all(self._rewriter, list(requests), max_tokens, place, spared))
 
     @property
     def asks(self) -> bool:
@@ -227,8 +228,7 @@ class PreferenceServices:
                 totals[f"{label}_answer_tokens"] = sum(server.client.usage.answer_tokens for server in servers)
                 totals[f"{label}_unmetered"] = sum(server.client.usage.unmetered for server in servers)
                 totals[f"{label}_prompt_trims"] = sum(server.trims for server in servers)
-        totals["from_journal"] = self._from_journal
-        totals["from_cache"] = self._from_cache
+        totals |= {name: self._spared[name] for name in ("from_journal", "from_cache")}
         totals["shared"] = self._flights.shared
         # Copies: the background thread may count a rewrite meanwhile.
         totals |= {f"asked/{name}": count for name, count in dict(self._asked).items()}
@@ -275,7 +275,9 @@ class PreferenceServices:
             raise RuntimeError("PreferenceServices is not started, or already closed")
         return self._loop.submit(coroutine)
 
-    async def _answer_all(self, pools: list[Pool], questions: list[list[Question]], place: Place) -> list[Answers]:
+    async def _answer_all(
+        self, pools: list[Pool], questions: list[list[Question]], place: Place, spared: Counter[str] | None = None
+    ) -> list[Answers]:
         began = time.monotonic()
         uniques = [distinct_pool(pool) for pool in pools]
         asked = [(pool, question) for pool, group in zip(uniques, questions, strict=True) for question in group]
@@ -292,7 +294,7 @@ class PreferenceServices:
             pool, question = asked[index]
             return self._judges[question.judge].ask(pool, question)
 
-        verdicts = iter(await self._recorded(keys, names, ask, place))
+        verdicts = iter(await self._recorded(keys, names, ask, place, spared))
         answers = [{question: next(verdicts) for question in group} for group in questions]
         for group_answers in answers:
             for question, verdict in group_answers.items():
@@ -301,7 +303,12 @@ class PreferenceServices:
         return answers
 
     async def _rewrite_all(
-        self, rewriter: Rewriter, requests: list[RewriteRequest], max_tokens: int, place: Place
+        self,
+        rewriter: Rewriter,
+        requests: list[RewriteRequest],
+        max_tokens: int,
+        place: Place,
+        spared: Counter[str] | None,
     ) -> Rewrites:
         began = time.monotonic()
         source = Source(rewriter.name, rewriter.model, rewriter.version, rewriter.settings(max_tokens))
@@ -312,7 +319,7 @@ class PreferenceServices:
 
         keys = [rewrite_key(request, source) for request in requests]
         names = [rewrite_name(request.prefix_text, request.original_text, asker) for request in requests]
-        texts = await self._recorded(keys, names, ask, place)
+        texts = await self._recorded(keys, names, ask, place, spared)
         for text in texts:
             self._count(rewriter.name, text)
         self._seconds["rewriter_seconds"] += time.monotonic() - began
@@ -324,6 +331,7 @@ class PreferenceServices:
         names: Sequence[Name | None],
         ask: Callable[[int], Coroutine[Any, Any, V]],
         place: Place,
+        spared: Counter[str] | None,
     ) -> list[V]:
         """The value of each key: from the journal, else the cache, else `ask(index)`.
 
@@ -334,14 +342,16 @@ class PreferenceServices:
         absent = [index for index, key in enumerate(keys) if key not in known]
         values = cast("dict[int, V]", await self._from_disk(absent, names))
         left = [index for index in absent if index not in values]
-        self._from_cache += len(values)
+        counts = {"from_journal": len(keys) - len(absent), "from_cache": len(values)}
         asked = await place.run(self._once(names[index], partial(ask, index)) for index in left)
         values |= zip(left, asked, strict=True)
         if self._journal:
             entries: list[Entry] = [(keys[index], values[index]) for index in absent]
             await self._journal.append(entries)
         await self._to_disk(left, names, values)
-        self._from_journal += len(keys) - len(absent)
+        for totals in (self._spared, spared):
+            if totals is not None:
+                totals.update(counts)
         # A key names its service, and so the kind of its value.
         return [values[index] if index in values else cast(V, known[key]) for index, key in enumerate(keys)]
 
@@ -369,20 +379,6 @@ class PreferenceServices:
         self._asked[service] += 1
         if isinstance(outcome, Missing):
             self._missing[f"{service}/{outcome.reason.value}"] += 1
-
-
-async def cancel_others() -> None:
-    """End all that runs in this event loop besides the caller."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-
-
-def distinct_pool(pool: Pool) -> Pool:
-    """`pool` with each token sequence once, which is what question indices speak of."""
-    members = distinct(pool.candidates).members
-    return replace(pool, candidates=tuple(pool.candidates[member] for member in members))
 
 
 def asker_of(judge: Judge) -> Asker:

@@ -8,6 +8,7 @@ rollouts leaves as soon as the wave is written, and is answered in the backgroun
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class BegunBatch:
     """A batch between its rollouts and its pairs.
 
     `rollouts` is None where the iteration writes none. Leaders alone have futures: `rewrites`, where they were asked
-    for, and `scored`, with a part for each wave of rollouts.
+    for, and `scored`, with a part for each wave of rollouts. `spared` counts for what of both nobody had to be asked.
     """
 
     cuts: Sequence[Cut]
@@ -48,6 +49,7 @@ class BegunBatch:
     rollouts: Rollouts | None = None
     rewrites: Future[Rewrites] | None = None
     scored: Future[list[Scored]] | None = None
+    spared: Counter[str] = field(default_factory=Counter)
 
     @property
     def samples(self) -> tuple[int, int]:
@@ -155,7 +157,8 @@ class PreferenceMaker:
         self.services = services
         self._watch = JudgeWatch(config, leader)
         self._rewrites: dict[int, Future[Rewrites]] = {}
-        self._counted: dict[str, float] = {}
+        self._spared: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._trims = 0.0
         self._writing_seconds = 0.0
 
     def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
@@ -169,7 +172,7 @@ class PreferenceMaker:
             texts = self.tokenizer.prefix_text(prefix), self.tokenizer.candidate_text(prefix, suffix)
             requests.append(RewriteRequest(cut.sample_index, suffix, *texts))
         longest = self.config.rewriter.rewriter_max_tokens or 2 * self.config.data.suffix_length
-        self._rewrites[iteration] = self.services.submit_rewrites(requests, longest)
+        self._rewrites[iteration] = self.services.submit_rewrites(requests, longest, self._spared[iteration])
 
     def begin(self, cuts: Sequence[Cut], iteration: int, written: Rollouts | None = None) -> BegunBatch:
         """Write the rollouts of this iteration; the questions of each wave leave while the next one is written.
@@ -184,14 +187,14 @@ class PreferenceMaker:
         waves: list[Future[Scored]] = []
         with self.boundaries.stage("rollout", iteration + 1, (cuts[0].sample_index, cuts[-1].sample_index)):
             self.prefetch(cuts, iteration)
-            rewrites = self._rewrites.pop(iteration, None)
-            ask = partial(self._ask, waves, cuts, iteration, rewrites)
+            rewrites, spared = self._rewrites.pop(iteration, None), self._spared.pop(iteration, Counter())
+            ask = partial(self._ask, waves, cuts, iteration, rewrites, spared)
             rollouts = self._write_rollouts(cuts, iteration, written, ask)
             if rollouts is None:
                 ask(0, None)
         self._writing_seconds += time.perf_counter() - started
         scored = None if self.services is None else self.services.all_of(waves)
-        return BegunBatch(cuts, iteration, rollouts, rewrites, scored)
+        return BegunBatch(cuts, iteration, rollouts, rewrites, scored, spared)
 
     def _ask(
         self,
@@ -199,6 +202,7 @@ class PreferenceMaker:
         cuts: Sequence[Cut],
         iteration: int,
         rewrites: Future[Rewrites] | None,
+        spared: Counter[str],
         first: int,
         rollouts: Rollouts | None,
     ) -> None:
@@ -213,7 +217,7 @@ class PreferenceMaker:
             pools, absent = make_pools(self.config, self.tokenizer, wave, rollouts, own)
             return PoolScoring(self.config, judges, iteration, pools, absent)
 
-        waves.append(self.services.submit_rounds(begin, rewrites))
+        waves.append(self.services.submit_rounds(begin, rewrites, spared))
 
     def finish(self, batch: BegunBatch) -> Preferences:
         """The pairs of a batch; what is waited for is waited for by all ranks together.
@@ -245,7 +249,7 @@ class PreferenceMaker:
             scores=scored.scores,
             pairs=pairs,
             metrics={
-                **self._metrics(scored, pairs, batch.iteration),
+                **self._metrics(scored, pairs, batch),
                 **(batch.rollouts.metrics if batch.rollouts and self.services else {}),
             },
             seconds={
@@ -271,34 +275,30 @@ class PreferenceMaker:
         for future in self._rewrites.values():
             future.cancel()
         self._rewrites.clear()
+        self._spared.clear()
 
     def close(self) -> None:
         """Close the rollout engine; the services belong to others."""
         self.engine.close()
 
     def _metrics(
-        self, scored: Scored, pairs: Sequence[Pair | NoPair], iteration: int
+        self, scored: Scored, pairs: Sequence[Pair | NoPair], batch: BegunBatch
     ) -> dict[str, tuple[float, float]]:
         """What is known of the pools, on the leader; nothing elsewhere, so that nothing is counted twice."""
         if self.services is None:
             return {}
         pools, missing = float(len(scored.pools)), float(sum(len(item) for item in scored.absent))
         stats = self.services.stats()
-        trims = stats.get("judge_prompt_trims", 0.0) + stats.get("rewriter_prompt_trims", 0.0)
+        # Of batches under way too: a server does not know for whom it trims.
+        before, self._trims = self._trims, stats.get("judge_prompt_trims", 0) + stats.get("rewriter_prompt_trims", 0)
         return {
             **pool_metrics(scored.pools, scored.scores, pairs),
             "candidates/missing": (missing, pools),
-            "judge/prompts_trimmed": (self._fresh("trims", trims), pools),
-            "judge/from_journal": (self._fresh("journal", stats["from_journal"]), pools),
-            "judge/from_cache": (self._fresh("cache", stats["from_cache"]), pools),
-            **verdict_metrics(self.config, scored, self._judges(iteration)),
+            "judge/prompts_trimmed": (self._trims - before, pools),
+            "judge/from_journal": (float(batch.spared["from_journal"]), pools),
+            "judge/from_cache": (float(batch.spared["from_cache"]), pools),
+            **verdict_metrics(self.config, scored, self._judges(batch.iteration)),
         }
-
-    def _fresh(self, name: str, total: float) -> float:
-        """What a running total has gained since the last call, by later batches that are under way too."""
-        fresh = total - self._counted.get(name, 0.0)
-        self._counted[name] = total
-        return fresh
 
     def _write_rollouts(
         self, cuts: Sequence[Cut], iteration: int, written: Rollouts | None, on_wave: OnWave

@@ -16,11 +16,10 @@ from megatron_sip.preference.curriculum import apply_bonus, score_bonus
 from megatron_sip.preference.fitted import scores_for
 from megatron_sip.preference.pool import build_pool
 from megatron_sip.preference.rounds import next_rounds
-from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, plan_scoring
+from megatron_sip.preference.scoring import JudgeSpec, ScoringPlan, distinct, distinct_pool, plan_scoring
 from megatron_sip.preference.screen import Screen, ScreenedPlan, screened_scores
 from megatron_sip.preference.select import needs_scores
 from megatron_sip.rollout.engine import Rollouts
-from megatron_sip.services.hub import distinct_pool
 from megatron_sip.types import Answers, Candidate, Cut, Missing, Pool, Question, Scores
 
 

@@ -28,7 +28,7 @@ class Upcoming:
         self._batches: deque[list[Cut]] = deque()
 
     def take(self, consumed: int) -> list[Cut]:
-        """The cuts of the iteration behind `consumed` samples, which is the next that is trained."""
+        """The cuts of the iteration behind `consumed` samples, which is the next that is begun."""
         return self._batches.popleft() if self._batches else self._cuts(consumed)
 
     def read_on(self, iteration: int, consumed: int) -> None:

@@ -19,7 +19,8 @@ from tiny_run import DATA, MODEL, TRAINING
 ITERATIONS = 12
 INTERVAL = 3
 VARIANTS = {
-    "tp2": ("--tensor-model-parallel-size 2", 20, 3),
+    "tp2": ("--tensor-model-parallel-size 2", 10, 3),
+    "tp2-lag": ("--tensor-model-parallel-size 2 --judge-lag 1 --rollout-batch-size 2 --lr 2e-2", 10, 12),
     "pp2": ("--pipeline-model-parallel-size 2", 10, 4),
     "dp2": ("--rollout-batch-size 1", 10, 6),
     "tp2-async": ("--tensor-model-parallel-size 2 --async-save --keep-last-n 2", 10, 9),

@@ -160,8 +160,8 @@ def test_every_setting_for_all_chat_judges_can_be_set_for_one() -> None:
     """A new flag of the judges must be a field of `--judge-set`, or be named here as one for all."""
     known = {item.name for item in fields(JudgeSettings)}
     for_all = {"judge_set", "allow_insecure_judge", "judge_trust_env_proxy", "judge_hedge_after", "judge_failure"}
-    for_all |= {"judge_max_missing_share", "judge_missing_window", "judge_ca_file"}
-    for_all |= {"judge_cache", "judge_cache_size_gb", "judge_lag"}
+    for_all |= {"judge_max_missing_share", "judge_missing_window", "judge_ca_file", "judge_lag"}
+    for_all |= {"judge_cache", "judge_cache_size_gb"}
     for item in fields(JudgeConfig):
         name = item.name.removeprefix("judge_").removeprefix("reward_")
         if item.name not in for_all and not item.name.endswith(("_weight", "likelihood_interval")):

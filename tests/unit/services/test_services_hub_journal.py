@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,35 @@ def test_a_restart_repeats_every_answer(server: FakeServer, tmp_path: Path) -> N
     # What lies before the checkpoint is not repeated.
     with services_of(config, tmp_path, position=4) as services:
         assert step(services, 2, 3) != repeated
+
+
+class OneRound:
+    """All questions about one pool."""
+
+    def __init__(self, sample: int) -> None:
+        self.pools = [pool(sample)]
+
+    def next(self, answers: Sequence[Answers]) -> list[list[Question]]:
+        return [[] if answers[0] else QUESTIONS]
+
+    def result(self, answers: list[Answers]) -> list[Answers]:
+        return answers
+
+
+def test_each_batch_knows_what_it_was_spared_though_others_are_under_way(server: FakeServer, tmp_path: Path) -> None:
+    config = config_of(server)
+    with services_of(config, tmp_path) as services:
+        step(services, 0)
+    with services_of(config, tmp_path) as services:
+        counts: list[Counter[str]] = [Counter(), Counter()]
+        futures = []
+        for sample, spared in enumerate(counts):
+            rewrites = services.submit_rewrites([request(sample)], 9, spared)
+            begin = partial(lambda sample, _texts: OneRound(sample), sample)
+            futures.append(services.submit_rounds(begin, rewrites, spared))
+        assert [len(answers) for [answers] in services.all_of(futures).result(20)] == [len(QUESTIONS)] * 2
+        assert services.stats()["from_journal"] == counts[0]["from_journal"] == len(QUESTIONS) + 1
+        assert counts[1]["from_journal"] == 0
 
 
 def without_details(found: tuple[list[Answers], list[str | Missing]]) -> tuple[list[Answers], list[str | Missing]]:
