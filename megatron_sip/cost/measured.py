@@ -84,8 +84,7 @@ def _step(data: Mapping[str, Any], point: Mapping[str, Any]) -> MeasuredStep:
         pipeline_model_parallel_size=pp,
         sequence_parallel=data["sequence_parallel"] and tp > 1,
         dtype=data["dtype"],
-        # A file of one point has the comparison with two rows a pair under this name, or null.
-        shared_prefix=data["shared_prefix"] is not False,
+        shared_prefix=data["shared_prefix"],
     )
     sizes = {item.name: data["model"][item.name] for item in fields(ModelSizes)}
     layout = f" TP {tp} PP {pp}" if tp * pp > 1 else ""

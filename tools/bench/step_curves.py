@@ -39,7 +39,7 @@ def _row(point: dict[str, Any]) -> dict[str, str]:
     row |= {"floor": f"{point['floor_seconds']:.3f}", "step / floor": f"{point['times_floor']:.2f}"}
     if point["hf"]:
         row["hf / step"] = f"{point['speedup_vs_hf']:.2f}"
-    if point["shared_prefix"]:
+    if point["unshared"]:
         row["shared / unshared"] = f"{point['shared_prefix']['ratio']:.3f}"
     if point["judge_seconds"]:
         row["judge"] = f"{point['judge_seconds']:.3f}"

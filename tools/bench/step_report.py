@@ -122,7 +122,7 @@ def as_json(model: ModelSizes, result: Result) -> dict[str, Any]:
         "repeats": _repeats(result.sip),
         "speedup_vs_hf": median_seconds(result.hf) / whole if result.hf else None,
         "hf": _hf(result.hf) if result.hf else None,
-        "shared_prefix": _prefix(model, result) if result.prefix else None,
+        "unshared": _prefix(model, result) if result.prefix else None,
     }
 
 
@@ -224,8 +224,8 @@ def remarks(model: ModelSizes, result: Result) -> list[str]:
     if found["step_over_longer_of_policy_and_judge"] is not None:
         ratio = found["step_over_longer_of_policy_and_judge"]
         said.append(f"the step takes {ratio:.2f} times the longer of the policy's and the judge's work")
-    if found["shared_prefix"] is not None:
-        prefix = found["shared_prefix"]
+    if found["unshared"] is not None:
+        prefix = found["unshared"]
         said.append(
             f"reference and train with the prefix shared {prefix['shared_seconds']:.3f} s, with two rows a pair "
             f"{prefix['unshared_seconds']:.3f} s: {prefix['ratio']:.3f} of it; of the operations "

@@ -80,7 +80,7 @@ SIZES = [(1024, 16, 4), (1024, 2, 4), (256, 16, 4), (128, 4, 8), (1920, 8, 1), (
 
 def test_a_file_of_the_bench_is_read(tmp_path: Path) -> None:
     single = tmp_path / "one.json"
-    single.write_text(json.dumps({**around(), **point(256, 16, 4, seconds=3.0), "shared_prefix": {"ratio": 0.6}}))
+    single.write_text(json.dumps({**around(), **point(256, 16, 4, seconds=3.0), "unshared": {"ratio": 0.6}}))
     [step] = read_measured(single)
     assert step.model == SMALL
     assert step.rate == pytest.approx(RATE)

@@ -60,9 +60,9 @@ def test_medians_ratios_and_floor_by_hand() -> None:
     assert sum(found["floor_parts"].values()) == pytest.approx(found["floor_seconds"])
     assert found["times_floor"] == pytest.approx(9.0 / found["floor_seconds"])
     assert found["rollout_tokens_per_second"] == pytest.approx(4 * 16 * 128 / 4.5)
-    assert found["shared_prefix"]["ratio"] == pytest.approx(0.55)
+    assert found["unshared"]["ratio"] == pytest.approx(0.55)
     # 1280 of 2304 tokens; attention and head leave a little more.
-    assert 1280 / 2304 < found["shared_prefix"]["ratio_of_operations"] < 0.6
+    assert 1280 / 2304 < found["unshared"]["ratio_of_operations"] < 0.6
     assert [one["seconds"] for one in found["repeats"]] == [10.0, 8.0, 9.0]
     json.dumps(found)
 
@@ -74,7 +74,7 @@ def test_the_floor_of_the_targets_is_about_what_was_seen() -> None:
 
 def test_what_was_not_compared_is_null() -> None:
     found = step_report.as_json(sizes(), result())
-    names = ("speedup_vs_hf", "hf", "shared_prefix", "save_seconds", "step_over_longer_of_policy_and_judge")
+    names = ("speedup_vs_hf", "hf", "unshared", "save_seconds", "step_over_longer_of_policy_and_judge")
     assert [found[name] for name in names] == [None] * 5
 
 
@@ -220,7 +220,7 @@ def test_a_real_run_measures_every_arm_and_leaves_nothing(tmp_path: Path, capsys
     assert found["seconds_per_step"] > 0.28
     assert found["speedup_vs_hf"] == pytest.approx(found["hf"]["seconds_per_step"] / found["seconds_per_step"])
     assert found["step_over_longer_of_policy_and_judge"] > 1
-    assert found["shared_prefix"]["ratio"] > 0
+    assert found["unshared"]["ratio"] > 0
     assert found["save_seconds"] > 0
     assert {"python", "torch", "megatron-core", "transformers"} <= set(found["versions"])
     assert found["threads"] == 1
