@@ -94,9 +94,9 @@ if ((!FAST)); then
     stage "ruff format" "$VENV/bin/ruff" format --check .
     stage mypy "$VENV/bin/mypy"
 fi
-# A file of tests stays with one worker, whose fixtures it shares.
-CORES=$(nproc)
-stage "unit tests" tests unit "not nightly and not alone" --numprocesses $((CORES < 8 ? CORES : 8)) --dist loadfile
+# Two workers a core, since the tests wait as long as they compute; a file stays with one, whose fixtures it shares.
+WORKERS=$((2 * $(nproc)))
+stage "unit tests" tests unit "not nightly and not alone" --numprocesses $((WORKERS < 8 ? WORKERS : 8)) --dist loadfile
 stage "unit tests, alone" tests unit "alone and not nightly"
 if ((!FAST)); then
     stage "distributed tests" tests distributed "not nightly"
