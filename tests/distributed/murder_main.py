@@ -76,7 +76,8 @@ def _kept(path: Path, folder: Path) -> Path:
     """The same path, whose content has a second name in `folder` now."""
     folder.mkdir(exist_ok=True)
     with suppress(FileExistsError):  # killed between here and the deletion
-        os.link(path, folder / path.name)
+        # Names come again, files do not.
+        os.link(path, folder / f"{path.stat().st_ino}-{path.name}")
     return path
 
 

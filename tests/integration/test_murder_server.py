@@ -41,10 +41,14 @@ def course(root: Path, name: str, judge_url: str, flags: str, iterations: int) -
 
 
 def copy_journal(source: Course, target: Course) -> None:
-    """All that was ever written into the journal of one run becomes that of another, which has not begun."""
-    for folder in (source.folder / "journal", source.journal):
-        if folder.exists():
-            shutil.copytree(folder, target.journal, dirs_exist_ok=True)
+    """All that was ever written into the journal of one run becomes that of another, which has not begun.
+
+    Every file gets a launch of its own: a journal that was deleted to its last file begins with the first name again.
+    """
+    target.journal.mkdir(parents=True)
+    files = [file for folder in (source.folder / "journal", source.journal) for file in sorted(folder.glob("*.jsonl"))]
+    for launch, file in enumerate(files, start=1):
+        shutil.copy(file, target.journal / f"{launch:06d}-0000-000000.jsonl")
 
 
 def murder(
