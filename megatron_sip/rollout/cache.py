@@ -46,13 +46,14 @@ class DecodeCache:
         lengths = prefill.layout[:, 0]
         self.prefix = prefill.layers
         self.suffix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        device: torch.device | None = None
         for layer, (key, value) in prefill.layers.items():
             prefixes, kv_heads, width, dim = key.shape
             shape = (prefixes * num_rollouts, kv_heads, max_new_tokens, dim)
             self.suffix[layer] = (key.new_empty(shape), value.new_empty(shape))
-            device = key.device
-        self.bias = _bias_of(lengths, width, kv_heads, device)
+        bias = _bias_of(lengths, width, kv_heads)
+        # Without a bias the product needs one all the same, which it does not read.
+        self.bias, self.beta = (torch.zeros(1), 0) if bias is None else (bias, 1)
+        self.bias = self.bias.to(key)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -71,8 +72,8 @@ class DecodeCache:
         shared = own.view(prefixes, rollouts, kv_heads, group, dim).transpose(1, 2)
         shared = shared.reshape(prefixes * kv_heads, rollouts * group, dim)
         keys, values = (tensor.view(prefixes * kv_heads, width, dim) for tensor in (prefix_key, prefix_value))
-        bias, beta = (shared.new_zeros(1), 0) if self.bias is None else (self.bias.to(shared.dtype), 1)
-        on_prefix = _weighted(torch.baddbmm(bias, shared, keys.transpose(1, 2), beta=beta, alpha=scale), values)
+        scores = torch.baddbmm(self.bias, shared, keys.transpose(1, 2), beta=self.beta, alpha=scale)
+        on_prefix = _weighted(scores, values)
         scores = own @ suffix_key[:, :, :length].transpose(-1, -2) * scale
         on_suffix = _weighted(scores, suffix_value[:, :, :length])
         # Views in the order of the rows: [prefixes, rollouts, kv_heads, group, ...]
@@ -89,13 +90,13 @@ _Part = Sequence[torch.Tensor]
 """Of a softmax over some keys: values weighted by exp(score - peak), the sum of these weights, and the peak."""
 
 
-def _bias_of(lengths: torch.Tensor, width: int, kv_heads: int, device: torch.device | None) -> torch.Tensor | None:
+def _bias_of(lengths: torch.Tensor, width: int, kv_heads: int) -> torch.Tensor | None:
     """`[prefixes * kv_heads, 1, width]` fp32, -inf behind the end of each prefix; None where all are equally long."""
     beyond = torch.arange(width)[None, :] >= lengths[:, None]
     if not bool(beyond.any()):
         return None
     bias = torch.zeros(beyond.shape).masked_fill(beyond, float("-inf"))
-    return bias.repeat_interleave(kv_heads, dim=0)[:, None].to(device)
+    return bias.repeat_interleave(kv_heads, dim=0)[:, None]
 
 
 def _weighted(scores: torch.Tensor, value: torch.Tensor) -> _Part:
