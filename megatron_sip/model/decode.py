@@ -6,27 +6,55 @@ checks, views for the pipeline) take as long as the products. What is left out c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_sip.model.attention import RolloutCache
-from megatron_sip.model.policy import PolicyModel
+from megatron_sip.model.packed import Product, product_with
+from megatron_sip.model.policy import PolicyModel, head_weight, mask_padded_vocabulary
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer and the products with its weights as they are now."""
+
+    module: torch.nn.Module
+    qkv: Product
+    proj: Product
+    fc1: Product
+    fc2: Product
+
+    @staticmethod
+    def of(module: torch.nn.Module, rows: int) -> _Layer:
+        attention, mlp = module.self_attention, module.mlp
+        return _Layer(
+            module=module,
+            qkv=product_with(attention.linear_qkv.weight, rows),
+            proj=product_with(attention.linear_proj.weight, rows),
+            fc1=product_with(mlp.linear_fc1.weight, rows),
+            fc2=product_with(mlp.linear_fc2.weight, rows),
+        )
 
 
 class DecodeStage:
-    """The layers of a stage, read from a policy whose parameters may change between two calls.
+    """A stage of the policy, called as the policy itself, with its weights as they are when this is made.
 
     Raises:
         ValueError: `fits` says no.
     """
 
-    def __init__(self, policy: PolicyModel) -> None:
+    def __init__(self, policy: PolicyModel, rows: int) -> None:
+        """`rows` is about how many tokens a call will have, for which the products are laid out."""
         if not self.fits(policy):
             raise ValueError("this policy has layers that only megatron-core itself can run")
         self.policy = policy
         self.group = policy.pg_collection.tp
+        self.layers = [_Layer.of(layer, rows) for layer in policy.decoder.layers]
+        self.head = product_with(head_weight(policy), rows) if policy.post_process else None
 
     @staticmethod
     def fits(policy: PolicyModel) -> bool:
@@ -45,39 +73,44 @@ class DecodeStage:
         ]
         return all(type(product) is kind for product, kind in products)
 
-    def hidden(self, x: torch.Tensor, angles: torch.Tensor, cache: RolloutCache) -> torch.Tensor:
-        """Through all layers of the stage, and on the last one the final norm.
+    def __call__(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: RolloutCache, *_sources: object
+    ) -> torch.Tensor:
+        """One token of every row.
 
-        x       [rows, 1, hidden], embeddings or what the stage before sent
-        angles  [rows, 1, 1, head_dim] of `RowRotary`
+        input_ids     [1, rows] int64
+        position_ids  [1, rows] int64
+        returns       last stage: logits [rows, padded_vocab / tp], padding masked; other stages: hidden states
+                      [rows, 1, hidden]. Logits are those of all rows, whatever the sources.
         """
-        cos, sin = (part.chunk(2, dim=-1)[0].to(x.dtype) for part in (angles.cos(), angles.sin()))
-        for layer in self.policy.decoder.layers:
-            x = x + self._attention(layer.self_attention, layer.input_layernorm(x), cos, sin, cache)
-            x = x + self._mlp(layer.mlp, layer.pre_mlp_layernorm(x))
-        norm = self.policy.decoder.final_layernorm
-        return x if norm is None else norm(x)
+        policy = self.policy
+        x = policy.embedding(input_ids, position_ids) if policy.pre_process else policy.decoder.input_tensor
+        angles = policy.rotary_pos_emb(position_ids)
+        cos, sin = (part.chunk(2, dim=-1)[0].to(x.dtype)[..., None, :] for part in (angles.cos(), angles.sin()))
+        for layer in self.layers:
+            x = x + self._attention(layer, layer.module.input_layernorm(x), cos, sin, cache)
+            x = x + self._mlp(layer, layer.module.pre_mlp_layernorm(x))
+        if self.head is None:
+            return x
+        logits = self.head(policy.decoder.final_layernorm(x)).squeeze(1)
+        return mask_padded_vocabulary(logits, policy.real_vocab_size, self.group.rank())
 
     def _attention(
-        self,
-        attention: torch.nn.Module,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        cache: RolloutCache,
+        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: RolloutCache
     ) -> torch.Tensor:
+        attention = layer.module.self_attention
         groups = attention.num_query_groups_per_partition
         dim = attention.hidden_size_per_attention_head
-        # A group holds its queries, its key and its value.
-        fused = F.linear(x, attention.linear_qkv.weight).view(len(x), 1, groups, -1, dim)
-        query, key, value = fused[:, :, :, :-2].reshape(len(x), 1, -1, dim), fused[..., -2, :], fused[..., -1, :]
+        # A group holds its queries, its key and its value; all but the value are turned.
+        fused = layer.qkv(x).view(len(x), 1, groups, -1, dim)
+        turned, value = _turned(fused[:, :, :, :-1], cos, sin), fused[..., -1, :]
+        query, key = turned[:, :, :, :-1].reshape(len(x), 1, -1, dim), turned[..., -1, :]
         core = attention.core_attention
-        out = cache.attend(core.layer_number, _turned(query, cos, sin), _turned(key, cos, sin), value, core.scale)
-        return self._summed(F.linear(out, attention.linear_proj.weight))
+        return self._summed(layer.proj(cache.attend(core.layer_number, query, key, value, core.scale)))
 
-    def _mlp(self, mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x, mlp.linear_fc1.weight).chunk(2, dim=-1)
-        return self._summed(F.linear(F.silu(gate) * up, mlp.linear_fc2.weight))
+    def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
+        gate, up = layer.fc1(x).chunk(2, dim=-1)
+        return self._summed(layer.fc2(F.silu(gate).mul_(up)))
 
     def _summed(self, part: torch.Tensor) -> torch.Tensor:
         """Over the tensor parallel ranks, each of which has a part of the inner dimension."""
@@ -87,6 +120,6 @@ class DecodeStage:
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions `[rows, 1, heads, head_dim]`; `cos` and `sin` are `[rows, 1, 1, head_dim / 2]`."""
+    """Rotary positions `[rows, 1, groups, heads, head_dim]`; `cos` and `sin` are `[rows, 1, 1, 1, head_dim / 2]`."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

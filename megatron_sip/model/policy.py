@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +27,13 @@ def mask_padded_vocabulary(logits: torch.Tensor, vocab_size: int, tp_rank: int) 
     return logits.masked_fill(padded, float("-inf"))
 
 
+def head_weight(policy: PolicyModel) -> torch.Tensor:
+    """The LM head's part of a last stage, `[padded_vocab / tp, hidden]`, tied to the embeddings or its own."""
+    if policy.share_embeddings_and_output_weights:
+        return policy.shared_embedding_or_output_weight()
+    return policy.output_layer.weight
+
+
 class PolicyModel(GPTModel):
     """One pipeline stage of the policy.
 
@@ -50,7 +56,6 @@ class PolicyModel(GPTModel):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | RolloutCache,
         sources: tuple[torch.Tensor, torch.Tensor] | None = None,
-        through: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Run this stage.
 
@@ -58,16 +63,12 @@ class PolicyModel(GPTModel):
         position_ids    [batch, seq] int64
         attention_mask  row layout [batch, 3], or a rollout cache
         sources         (row, position), each [n]: where logits are wanted; None wants none
-        through         what runs the layers, from (hidden, angles, attention_mask); None: megatron-core
         returns         last stage: logits [n, padded_vocab / tp], padding masked; other stages: hidden
                         states [seq (/ tp with sequence parallel), batch, hidden]
         """
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         angles = self.rotary_pos_emb(position_ids)
-        if through is None:
-            hidden = self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=angles)
-        else:
-            hidden = through(self.decoder.input_tensor if embedded is None else embedded, angles, attention_mask)
+        hidden = self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=angles)
         if not self.post_process:
             return hidden
         if sources is None:
@@ -77,6 +78,7 @@ class PolicyModel(GPTModel):
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
         row, position = sources
+        hidden = hidden[position, row].unsqueeze(1)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden[position, row].unsqueeze(1), weight=weight)
+        logits, _ = self.output_layer(hidden, weight=weight)
         return mask_padded_vocabulary(logits.squeeze(1), self.real_vocab_size, self.pg_collection.tp.rank())

@@ -44,7 +44,8 @@ class MegatronEngine:
         self.wave = wave
         self.at_boundary = at_boundary
         self.multiple = world.tp_size if policy.config.sequence_parallel else 1
-        self.decode_stage = DecodeStage(policy) if DecodeStage.fits(policy) else None
+        self.bypasses = DecodeStage.fits(policy)
+        """Whether tokens are decoded without megatron-core's wrappers."""
 
     def generate(
         self,
@@ -87,6 +88,8 @@ class MegatronEngine:
         ).to(device)
         tokens = torch.zeros(len(draws), sampling.max_new_tokens, dtype=torch.int64, device=device)
         cache = DecodeCache(prefill, k, sampling.max_new_tokens)
+        # Made anew for each wave, because the weights change between two calls.
+        stage = DecodeStage(self.policy, len(draws)) if self.bypasses else self.policy
         positions = lengths.repeat_interleave(k).to(device)
         ended = torch.zeros(len(draws), dtype=torch.bool, device=device)
         all_ended = False
@@ -96,7 +99,7 @@ class MegatronEngine:
             if all_ended:
                 continue  # other data parallel ranks may still write, and meet at the boundaries
             if step:
-                logits = self._decode(tokens[:, step - 1], positions + (step - 1), cache)
+                logits = self._decode(tokens[:, step - 1], positions + (step - 1), cache, stage)
             elif logits is not None:
                 logits = logits.repeat_interleave(k, dim=0)
             tokens[:, step] = self._pick(logits, draws[:, step], sampling, len(draws)).masked_fill(ended, 0)
@@ -115,16 +118,22 @@ class MegatronEngine:
             ids[row, : len(prefix)] = torch.from_numpy(prefix)
         positions = torch.arange(width).expand(len(prefixes), width)
         sources = (torch.arange(len(prefixes)), lengths - 1)
-        return self._through_stages(ids, positions, cache, sources, width, len(prefixes))
+        return self._through_stages(ids, positions, cache, sources, width, len(prefixes), self.policy)
 
-    def _decode(self, tokens: torch.Tensor, positions: torch.Tensor, cache: DecodeCache) -> torch.Tensor | None:
+    def _decode(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: DecodeCache,
+        stage: Callable[..., torch.Tensor],
+    ) -> torch.Tensor | None:
         """Logits `[rows, vocab]` behind one more token of every row, on the last stage."""
         rows = len(tokens)
         width = _round_up(rows, self.multiple)
         ids = torch.nn.functional.pad(tokens, (0, width - rows))[None]
         places = torch.nn.functional.pad(positions, (0, width - rows))[None]
         row = torch.arange(rows, device=tokens.device)
-        logits = self._through_stages(ids, places, cache, (torch.zeros_like(row), row), width, 1)
+        logits = self._through_stages(ids, places, cache, (torch.zeros_like(row), row), width, 1, stage)
         cache.step += 1
         return logits
 
@@ -136,6 +145,7 @@ class MegatronEngine:
         sources: tuple[torch.Tensor, torch.Tensor],
         width: int,
         batch: int,
+        stage: Callable[..., torch.Tensor],
     ) -> torch.Tensor | None:
         """Pass hidden states from stage to stage; full-vocabulary logits `[n, vocab]` on the last one."""
         world, device = self.world, self.world.device
@@ -145,8 +155,7 @@ class MegatronEngine:
             dist.recv(hidden, group=world.pp_group, group_src=world.pp_rank - 1)
             self.policy.set_input_tensor(hidden)
         to_device = (sources[0].to(device), sources[1].to(device))
-        through = self.decode_stage.hidden if self.decode_stage and isinstance(cache, DecodeCache) else None
-        out = self.policy(ids.to(device), positions.to(device), cache, to_device, through)
+        out = stage(ids.to(device), positions.to(device), cache, to_device)
         if not world.last_stage:
             dist.send(out.contiguous(), group=world.pp_group, group_dst=world.pp_rank + 1)
             return None
