@@ -10,6 +10,7 @@ a row, or the cache of a rollout. No module holds state, which 1F1B and recomput
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,6 +70,65 @@ def _attend_rows(
     return torch.cat(parts, dim=2)
 
 
+def _attend_scored(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scale: float
+) -> torch.Tensor:
+    """As `_attend_rows`, but `[batch, heads, chosen + rejected, dim]`: only what predicts a suffix token."""
+    prefix, chosen, rejected = lengths
+    parts, start = [], prefix
+    for suffix in (chosen, rejected):
+        if suffix == 0:
+            continue
+        # The last prefix position predicts the first token of the suffix, and the suffix's last one predicts nothing.
+        ends = [slice(prefix - 1, prefix), slice(start, start + suffix - 1)]
+        keys, values = (
+            torch.cat([tensor[:, :, :prefix], tensor[:, :, ends[1]]], dim=2)
+            if start > prefix
+            else tensor[:, :, : prefix + suffix - 1]
+            for tensor in (key, value)
+        )
+        queries = torch.cat([query[:, :, end] for end in ends], dim=2)
+        parts.append(_attend(queries, keys, values, scale, _suffix_mask(prefix - 1, suffix, query.device)))
+        start += suffix
+    return torch.cat(parts, dim=2) if parts else query[:, :, :0]
+
+
+def scored_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """`shared_prefix_attention` at the positions alone that predict a suffix token.
+
+    returns [n, 1, heads * dim] in the order of `preference.layout.scored_tokens` without prefixes
+    """
+    outputs = [
+        part.transpose(1, 2).flatten(0, 1).flatten(1)[:, None]
+        for part in _by_layout(query, key, value, layout, scale, _attend_scored)
+    ]
+    return torch.cat(outputs)
+
+
+def _by_layout(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: torch.Tensor,
+    scale: float,
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...], float], torch.Tensor],
+) -> list[torch.Tensor]:
+    """`attend` over each run of rows with one layout, `[batch, heads, seq, dim]`; see `shared_prefix_attention`."""
+    rows = [tuple(row) for row in layout.tolist()]
+    width = query.shape[0]
+    if any(sum(row) > width for row in rows):
+        raise ValueError(f"a row layout of {max(rows, key=sum)} does not fit a sequence of {width}")
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    outputs, start = [], 0
+    for lengths, run in groupby(rows):
+        stop = start + len(list(run))
+        outputs.append(attend(q[start:stop], k[start:stop], v[start:stop], lengths, scale))
+        start = stop
+    return outputs
+
+
 def shared_prefix_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -83,18 +143,9 @@ def shared_prefix_attention(
     Raises:
         ValueError: a row is longer than the sequence.
     """
-    rows = [tuple(row) for row in layout.tolist()]
-    width = query.shape[0]
-    if any(sum(row) > width for row in rows):
-        raise ValueError(f"a row layout of {max(rows, key=sum)} does not fit a sequence of {width}")
-    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    outputs, start = [], 0
-    for lengths, run in groupby(rows):
-        stop = start + len(list(run))
-        outputs.append(_attend_rows(q[start:stop], k[start:stop], v[start:stop], lengths, scale))
-        start = stop
+    outputs = _by_layout(query, key, value, layout, scale, _attend_rows)
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0)
-    return joined.permute(2, 0, 1, 3).reshape(width, len(rows), -1)
+    return joined.permute(2, 0, 1, 3).reshape(query.shape[0], len(layout), -1)
 
 
 class SharedPrefixAttention(MegatronModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from megatron_sip.config.stages import uneven_ends
 from megatron_sip.errors import ConfigError
 from megatron_sip.model.attention import SharedPrefixAttention
 from megatron_sip.model.installed import has_transformer_engine
+from megatron_sip.model.last_layer import LastLayer
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.model.rotary import inverse_frequencies
 from megatron_sip.parallel.world import World
@@ -127,8 +129,8 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     )
 
 
-def _block_spec(config: TransformerConfig, with_te: bool) -> TransformerBlockSubmodules:
-    """The layers of this stage, each with our attention in the core slot."""
+def _block_spec(config: TransformerConfig, with_te: bool, last_stage: bool) -> TransformerBlockSubmodules:
+    """The layers of this stage, each with our attention in the core slot; the policy's last one is `LastLayer`."""
     if with_te:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -139,7 +141,10 @@ def _block_spec(config: TransformerConfig, with_te: bool) -> TransformerBlockSub
         layer.submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = layer.submodules.self_attention
     attention.submodules.core_attention = SharedPrefixAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    layers = [layer] * get_num_layers_to_build(config)
+    if last_stage:
+        layers[-1] = replace(layer, module=LastLayer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def build_policy(config: Config, world: World) -> PolicyModel:
@@ -163,7 +168,7 @@ def build_policy(config: Config, world: World) -> PolicyModel:
         real_vocab_size=vocab_size,
         frequencies=frequencies,
         config=core,
-        transformer_layer_spec=_block_spec(core, use_transformer_engine(model)),
+        transformer_layer_spec=_block_spec(core, use_transformer_engine(model), world.last_stage),
         vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, world.tp_size),
         max_sequence_length=_given(model.max_position_embeddings, "--max-position-embeddings"),
         pre_process=world.first_stage,

@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_sip.model.attention import RolloutCache
+from megatron_sip.model.last_layer import WantedPositions
 from megatron_sip.model.rotary import RowRotary
 
 
@@ -68,7 +69,10 @@ class PolicyModel(GPTModel):
         """
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         angles = self.rotary_pos_emb(position_ids)
-        hidden = self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=angles)
+        wanted = self._wanted(attention_mask, sources)
+        hidden = self.decoder(
+            hidden_states=embedded, attention_mask=attention_mask if wanted is None else wanted, rotary_pos_emb=angles
+        )
         if not self.post_process:
             return hidden
         if sources is None:
@@ -77,8 +81,19 @@ class PolicyModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        row, position = sources
-        hidden = hidden[position, row].unsqueeze(1)
+        if wanted is None:
+            row, position = sources
+            hidden = hidden[position, row].unsqueeze(1)
+        else:
+            hidden = hidden[: len(wanted.row)]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
         return mask_padded_vocabulary(logits.squeeze(1), self.real_vocab_size, self.pg_collection.tp.rank())
+
+    def _wanted(
+        self, rows: torch.Tensor | RolloutCache, sources: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> WantedPositions | None:
+        """What the last layer may confine itself to; None on other stages, and where all positions are wanted."""
+        # megatron-core's recomputation hands on nothing but tensors.
+        recomputes = self.training and self.config.recompute_granularity is not None
+        return WantedPositions.of(rows, sources) if self.post_process and not recomputes else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from megatron_sip.model.attention import shared_prefix_attention
 
@@ -24,8 +25,31 @@ class PrefillCache:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Causal attention of each prefix over itself; `[seq, prefixes, heads * dim]`."""
-        self.layers[layer] = (key.permute(1, 2, 0, 3).contiguous(), value.permute(1, 2, 0, 3).contiguous())
+        self._keep(layer, key, value)
         return shared_prefix_attention(query, key, value, self.layout, scale)
+
+    def attend_at(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        position: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same at one `position` of each prefix alone, `[prefixes]`; `[prefixes, 1, heads * dim]`."""
+        keys, values = self._keep(layer, key, value)
+        prefixes = torch.arange(len(position), device=position.device)
+        own = query[position, prefixes][:, :, None]
+        seen = torch.arange(keys.shape[2], device=position.device) <= position[:, None]
+        out = F.scaled_dot_product_attention(
+            own, keys, values, attn_mask=seen[:, None, None], scale=scale, enable_gqa=own.shape[1] != keys.shape[1]
+        )
+        return out.flatten(1)[:, None]
+
+    def _keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.layers[layer] = (key.permute(1, 2, 0, 3).contiguous(), value.permute(1, 2, 0, 3).contiguous())
+        return self.layers[layer]
 
 
 class DecodeCache:
