@@ -72,10 +72,22 @@ class ReferencePolicy:
         if self.config.reference == "periodic":
             self.copy_policy()
             return
+        self._follow(1.0 - self.config.reference_ema_decay)
+
+    def _follow(self, weight: float) -> None:
+        """`reference += weight * (policy - reference)`, on the policy's device.
+
+        A GPU takes the reference in from page-locked memory, one tensor after the other, and gives it back: two
+        transfers at full speed instead of one through pageable memory and an average on the host.
+        """
         for name, parameter in self.policy.named_parameters():
             main = main_parameter(parameter).detach().view(parameter.shape)
-            target = self.tensors[name]
-            target.lerp_(main.to(target.device, non_blocking=False), 1.0 - self.config.reference_ema_decay)
+            host = self.tensors[name]
+            average = host.to(main.device, non_blocking=True).lerp_(main, weight)
+            if average is not host:
+                host.copy_(average, non_blocking=True)
+        if any(parameter.is_cuda for parameter in self.policy.parameters()):
+            torch.cuda.current_stream().synchronize()  # the host reads these tensors next
 
     @contextmanager
     def in_place_of_policy(self) -> Iterator[None]:
