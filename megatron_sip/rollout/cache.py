@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 from megatron_sip.model.attention import shared_prefix_attention
+
+_Part: TypeAlias = Sequence[torch.Tensor]
+"""Of a softmax over some keys: values weighted by exp(score - peak), the sum of these weights, and the peak."""
 
 
 class PrefillCache:
@@ -84,13 +88,9 @@ class DecodeCache:
     ) -> torch.Tensor:
         """One token a row over its prefix and its own suffix so far; `[rows, 1, heads * dim]`."""
         prefix_key, prefix_value = self.prefix[layer]
-        suffix_key, suffix_value = self.suffix[layer]
         prefixes, kv_heads, width, dim = prefix_key.shape
-        rows = prefixes * self.num_rollouts
+        rollouts, rows = self.num_rollouts, prefixes * self.num_rollouts
         group = query.shape[2] // kv_heads
-        suffix_key[:, :, self.step], suffix_value[:, :, self.step] = key[:rows, 0], value[:rows, 0]
-        length = self.step + 1
-        rollouts = self.num_rollouts
         own = query[:rows, 0].reshape(rows, kv_heads, group, dim)
         # [prefixes * kv_heads, rollouts * group, dim]: all rows of a prefix meet its keys together.
         shared = own.view(prefixes, rollouts, kv_heads, group, dim).transpose(1, 2)
@@ -98,8 +98,7 @@ class DecodeCache:
         keys, values = (tensor.view(prefixes * kv_heads, width, dim) for tensor in (prefix_key, prefix_value))
         scores = torch.baddbmm(self.bias, shared, keys.transpose(1, 2), beta=self.beta, alpha=scale)
         on_prefix = _weighted(scores, values)
-        scores = own @ suffix_key[:, :, :length].transpose(-1, -2) * scale
-        on_suffix = _weighted(scores, suffix_value[:, :, :length])
+        on_suffix = self._on_suffix(layer, own, key[:rows, 0], value[:rows, 0], scale)
         # Views in the order of the rows: [prefixes, rollouts, kv_heads, group, ...]
         out = _joined(
             [part.view(prefixes, kv_heads, rollouts, group, -1).transpose(1, 2) for part in on_prefix],
@@ -109,9 +108,39 @@ class DecodeCache:
         padding = query.shape[0] - rows
         return out if padding == 0 else torch.cat([out, out.new_zeros(padding, 1, out.shape[-1])])
 
+    def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> _Part:
+        """Keep key and value `[rows, kv_heads, dim]` of this step, and let `own` attend to the suffix so far.
 
-_Part = Sequence[torch.Tensor]
-"""Of a softmax over some keys: values weighted by exp(score - peak), the sum of these weights, and the peak."""
+        own  [rows, kv_heads, group, dim], the queries by key and value head
+        """
+        keys, values = self.suffix[layer]
+        keys[:, :, self.step], values[:, :, self.step] = key, value
+        length = self.step + 1
+        scores = own @ keys[:, :, :length].transpose(-1, -2) * scale
+        return _weighted(scores, values[:, :, :length])
+
+
+class StaticDecodeCache(DecodeCache):
+    """The same with shapes and addresses that no step changes, which is what a CUDA graph can record.
+
+    The step is a number on the device, and every step attends over the whole room of the suffix, with the places that
+    are not written yet at -inf.
+    """
+
+    def __init__(self, prefill: PrefillCache, num_rollouts: int, max_new_tokens: int) -> None:
+        super().__init__(prefill, num_rollouts, max_new_tokens)
+        for tensor in (tensor for layer in self.suffix.values() for tensor in layer):
+            tensor.zero_()  # a weight of 0 does not silence a NaN
+        device = self.bias.device
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._places = torch.arange(max_new_tokens, device=device)
+
+    def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> _Part:
+        keys, values = self.suffix[layer]
+        keys.index_copy_(2, self.place, key[:, :, None])
+        values.index_copy_(2, self.place, value[:, :, None])
+        scores = own @ keys.transpose(-1, -2) * scale
+        return _weighted(scores.masked_fill(self._places > self.place, float("-inf")), values)
 
 
 def _bias_of(lengths: torch.Tensor, width: int, kv_heads: int) -> torch.Tensor | None:

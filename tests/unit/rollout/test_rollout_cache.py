@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sip.rollout.cache import DecodeCache, PrefillCache
+from megatron_sip.rollout.cache import DecodeCache, PrefillCache, StaticDecodeCache
 
 HEADS, DIM, ROLLOUTS, STEPS = 4, 8, 3, 4
 
@@ -21,8 +21,9 @@ def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("lengths", [(6, 6), (6, 2)], ids=["equal", "different"])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize("kind", [DecodeCache, StaticDecodeCache])
 def test_a_step_equals_attention_over_copied_keys(
-    kv_heads: int, lengths: tuple[int, ...], dtype: torch.dtype, within: float
+    kind: type[DecodeCache], kv_heads: int, lengths: tuple[int, ...], dtype: torch.dtype, within: float
 ) -> None:
     draw = torch.Generator().manual_seed(3)
     rows, width, scale = len(lengths) * ROLLOUTS, max(lengths), 0.7
@@ -37,11 +38,13 @@ def test_a_step_equals_attention_over_copied_keys(
         random(len(lengths), kv_heads, width, DIM),
     )
     prefill.layers[1] = prefix_key, prefix_value
-    cache = DecodeCache(prefill, ROLLOUTS, STEPS)
+    cache = kind(prefill, ROLLOUTS, STEPS)
     key, value = 2 * random(rows, STEPS, kv_heads, DIM), random(rows, STEPS, kv_heads, DIM)
     for step in range(STEPS):
         query = random(rows + 1, 1, HEADS, DIM)  # one row of padding
         padded = torch.nn.functional.pad(torch.stack([key[:, step], value[:, step]]), (0, 0, 0, 0, 0, 1))
+        if isinstance(cache, StaticDecodeCache):
+            cache.place.fill_(step)
         out = cache.attend(1, query, padded[0][:, None], padded[1][:, None], scale)
         cache.step += 1
         assert out.shape == (rows + 1, 1, HEADS * DIM)
