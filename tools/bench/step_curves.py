@@ -40,7 +40,7 @@ def _row(point: dict[str, Any]) -> dict[str, str]:
     if point["hf"]:
         row["hf / step"] = f"{point['speedup_vs_hf']:.2f}"
     if point["unshared"]:
-        row["shared / unshared"] = f"{point['shared_prefix']['ratio']:.3f}"
+        row["shared / unshared"] = f"{point['unshared']['ratio']:.3f}"
     if point["judge_seconds"]:
         row["judge"] = f"{point['judge_seconds']:.3f}"
         row["step / longer"] = f"{point['step_over_longer_of_policy_and_judge']:.2f}"

@@ -127,14 +127,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
     found = sweep.results()
     around: dict[str, Any] = surroundings(spec, sizes, sweep.gpu, load)
     around["matmul_flops_per_second"] = sweep.rates
+    points = {name: [as_json(sizes, result) for result in results] for name, results in found.items()}
+    if options.json:  # first, for nothing else of a long measurement would be left if the rest failed
+        options.json.write_text(json.dumps({**around, "sweeps": points}, indent=1) + "\n")
     for name, results in found.items():
         console.print(sweep_table(name, sizes, results))
     console.print(machine_line(around, sweep.rates), highlight=False, soft_wrap=True)
     for warning in warnings_of([result for results in found.values() for result in results], load):
         console.print(f"WARNING: {warning}", highlight=False, soft_wrap=True)
-    points = {name: [as_json(sizes, result) for result in results] for name, results in found.items()}
-    if options.json:
-        options.json.write_text(json.dumps({**around, "sweeps": points}, indent=1) + "\n")
     if options.svg:
         options.svg.write_text(draw([panel(name, values) for name, values in points.items()]))
 

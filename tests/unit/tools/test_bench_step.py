@@ -99,9 +99,12 @@ def test_tables_show_every_part() -> None:
     console = Console(width=200, record=True)
     console.print(step_report.table(sizes(), result(hf=(sample(30.0),))))
     judged = result(Point(8, 8, 2, 2, judge_seconds=3.0))
-    console.print(sweep_table("k", sizes(), [result(), judged]))
+    compared = result(hf=(sample(27.0),), prefix=(PrefixSample(1.1, 2.0),))
+    console.print(sweep_table("k", sizes(), [result(), judged, compared]))
     shown = console.export_text()
     for word in ("rollout", "judge wait", "optimizer", "hf / sip", "whole, median of 3", "step / longer", "1.50"):
+        assert word in shown
+    for word in ("hf / step", "3.00", "shared / unshared", "0.550"):
         assert word in shown
     assert len(step_report.remarks(sizes(), judged)) == 2
 
