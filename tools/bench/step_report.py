@@ -45,7 +45,10 @@ class PrefixSample:
 
 @dataclass(frozen=True)
 class Result:
-    """All that was measured at one point. `rate` is the best matmul rate, in operations a second of all devices."""
+    """All that was measured at one point. `rate` is the best matmul rate, in operations a second of all devices.
+
+    `policy` are the seconds of a step of this size with an instant judge; None where no such step was measured.
+    """
 
     point: Point
     tensor: int
@@ -55,6 +58,7 @@ class Result:
     hf: tuple[Sample, ...] = ()
     prefix: tuple[PrefixSample, ...] = ()
     save: tuple[float, ...] = ()
+    policy: float | None = None
 
 
 def median_seconds(samples: Sequence[Sample]) -> float:
@@ -86,12 +90,14 @@ def prefix_arithmetic(model: ModelSizes, point: Point) -> float:
 def over_longer(result: Result) -> float | None:
     """Whole step over the longer of policy's and judge's work; None with an instant judge.
 
-    The policy's work is the step less its wait for the judge.
+    The policy's work is a step with an instant judge. Where none was measured it is the step less its wait for the
+    judge, which hides by how much answers slow the policy down that come while it works.
     """
-    judge = result.point.judge_seconds
+    judge, policy = result.point.judge_seconds, result.policy
     if judge <= 0:
         return None
-    policy = statistics.median(sample.seconds - sample.parts["judge_wait"] for sample in result.sip)
+    if policy is None:
+        policy = statistics.median(sample.seconds - sample.parts["judge_wait"] for sample in result.sip)
     return median_seconds(result.sip) / max(policy, judge)
 
 

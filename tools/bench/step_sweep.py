@@ -4,7 +4,7 @@ python tools/bench/step_sweep.py --sweep k prefix batch layout --json sweep.json
 python tools/bench/step_sweep.py --sweep judge --prefix 256 --json judge.json
 
 What a sweep does not vary is at --prefix, --suffix, --k and --batch. The latencies of the sweep "judge" are multiples
-of the policy's own time at that size, which is measured first.
+of the policy's own time at that size, which is measured first, and again in each repeat.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tools.bench import machine
 from tools.bench.step_curves import panel, sweep_table
 from tools.bench.step_measure import Bench
 from tools.bench.step_options import add_flags, point_of, spec_of, surroundings
-from tools.bench.step_report import Result, as_json, machine_line, warnings_of
+from tools.bench.step_report import Result, as_json, machine_line, median_seconds, warnings_of
 from tools.bench.step_spec import Point, Spec
 
 _WIDTH = 160
@@ -67,6 +67,12 @@ def layout_of(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+def beside_alone(results: Sequence[Result]) -> list[Result]:
+    """The points of the sweep "judge" with the policy's own work, which is the first of them: its judge is instant."""
+    policy = median_seconds(results[0].sip)
+    return [replace(result, policy=policy) for result in results]
+
+
 class Sweep:
     """Measures the points of one sweep after the other; the arms of one layout are started once."""
 
@@ -85,6 +91,8 @@ class Sweep:
                 for name in sizes:
                     found[name] = bench.measure(self._points(name, bench), self._options.repeats)
                 self._note(bench)
+        if "judge" in found:
+            found["judge"] = beside_alone(found["judge"])
         if "layout" in self._options.sweep:
             found["layout"] = []
             for text in self._options.layout_values:
@@ -102,7 +110,8 @@ class Sweep:
         if name == "judge":
             alone = bench.measure([replace(self._base, judge_seconds=0.0)], 1)[0]
             policy = statistics.median(sample.seconds for sample in alone.sip)
-            return [replace(self._base, judge_seconds=share * policy) for share in self._options.judge_values]
+            shares = (0.0, *self._options.judge_values)
+            return [replace(self._base, judge_seconds=share * policy) for share in shares]
         field = {"k": "rollouts"}.get(name, name)
         values: list[int] = getattr(self._options, f"{name}_values")
         return [replace(self._base, **{field: value}) for value in values]

@@ -85,6 +85,41 @@ def test_a_judge_in_turn_is_measured_against_the_longer_of_both() -> None:
     assert step_report.over_longer(slow) == pytest.approx(9 / 7)
 
 
+def test_a_policy_that_answers_slow_down_is_measured_against_itself_alone() -> None:
+    """The sweep "judge": 6 s alone, 9 s beside a judge of 1 s that it never waits for."""
+    slowed = tuple(sample(seconds) for seconds in (10.0, 8.0, 9.0))
+    alone, beside = (
+        result(Point(8, 8, 2, 2, judge_seconds=judge), sip=sip) for judge, sip in ((0.0, (sample(6.0),)), (1.0, slowed))
+    )
+    assert step_report.over_longer(beside) == 1.0, "within itself nothing is seen of it"
+    found = step_sweep.beside_alone([alone, beside])
+    assert [step_report.over_longer(one) for one in found] == [None, pytest.approx(1.5)]
+
+
+def test_the_sweep_over_the_judge_measures_the_policy_alone_in_every_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[float], int]] = []
+
+    class Bench:
+        matmul_rates, gpu = {"64": 1e9}, None
+
+        def __enter__(self) -> Bench:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing runs."""
+
+        def measure(self, points: list[Point], repeats: int) -> list[Result]:
+            asked.append(([point.judge_seconds for point in points], repeats))
+            return [result(point, sip=(sample(2.0 + point.judge_seconds, point.judge_seconds),)) for point in points]
+
+    flags = ["--sweep", "judge", "--judge-values", "0.5", "4", "--repeats", "3"]
+    sweep = step_sweep.Sweep(step_sweep.build_parser().parse_args(flags), Spec(model=DEFAULT_MODEL, tokenizer=""))
+    monkeypatch.setattr(sweep, "_bench", lambda _spec: Bench())
+    found = sweep.results()["judge"]
+    assert asked == [([0.0], 1), ([0.0, 1.0, 8.0], 3)]
+    assert [step_report.over_longer(one) for one in found] == [None, 1.5, 1.25]
+
+
 def test_what_makes_times_unsure_is_said() -> None:
     assert step_report.warnings_of([result(sip=(sample(1.0), sample(1.05)))], 0.1) == []
     busy = result(sip=(sample(1.0, others=0.9), sample(1.5)), hf=(sample(3.0),))
