@@ -83,20 +83,24 @@ def _decode(model: ModelSizes, run: RunSettings, spread: Spread, flops: Flops, w
     Those of a prefix are read once for its K rows where the engine keeps them once and attends with all rows
     together; vLLM's pages are kept once and read for each row.
     """
-    dense, attention = spread.of(flops)
-    layers = largest_stage(model.num_layers, spread.pp)
-    # A token's round takes as many turns as there are groups, or stages where these are more; each reads a stage.
-    turns = run.suffix_length * waves * max(spread.groups, spread.pp)
-    stage_weights = (model.matmul_parameters / spread.pp + model.head_parameters) / spread.tp
+    groups, stages = spread.groups, spread.pp
+    layers = largest_stage(model.num_layers, stages)
+    # In turns: one is that of a group in a stage. A token's round takes as many as there are groups, or stages where
+    # these are more, and the next round follows at once: between two tokens no stage is idle for that.
+    turns = max(groups, stages)
+    # The last stage has the LM head as well. It is the busiest where all are busy; else a round passes it once.
+    heads = groups if groups >= stages else 1
+    tokens, shares = run.suffix_length * waves, groups * spread.tp * spread.dp
     rows = run.global_batch_size * run.num_rollouts / spread.dp
     once = run.prefill_once and run.rollout_engine == "megatron"
     prefix_reads = rows / run.num_rollouts if once else rows
     cached = prefix_reads * run.prefix_length + rows * (run.suffix_length + 1) / 2
-    per_token = model.cache_elements_per_token / (spread.tp * spread.pp)
+    stage_cache = model.cache_elements_per_token / (spread.tp * stages)
+    round_weights = (model.matmul_parameters * turns / stages + model.head_parameters * heads) / spread.tp
     return PartWork(
-        dense=dense,
-        attention=attention,
-        dense_bytes=run.element_bytes * turns * stage_weights,
-        attention_bytes=run.element_bytes * run.suffix_length * cached * per_token * spread.in_sequence,
-        calls=turns * layers,
+        dense=(flops.linear * turns / stages + flops.head * heads) / shares,
+        attention=flops.attention * turns / stages / shares,
+        dense_bytes=run.element_bytes * tokens * round_weights,
+        attention_bytes=run.element_bytes * run.suffix_length * cached * stage_cache * turns / groups,
+        calls=tokens * turns * layers,
     )

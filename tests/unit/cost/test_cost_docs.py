@@ -28,7 +28,13 @@ def at_scale(name: str, gpus: int, tp: int, pp: int, **run: object) -> Case:
 def row(plan: Plan) -> str:
     cells = (plan.memory.peak / 1e9, plan.policy.total, plan.outcome.step, plan.outcome.days)
     memory, policy, step, days = (f"{cell:.1f}" for cell in cells)
-    return f"| {memory} | {policy} | {plan.outcome.servers:,} | {step} | {days} |"
+    hours = " | ".join(map(hours_of, (plan.policy_busy, plan.judge_busy, plan.outcome.gpu_hours)))
+    return f"| {memory} | {policy} | {plan.outcome.servers:,} | {step} | {days} | {hours} |"
+
+
+def hours_of(value: float) -> str:
+    """Three digits, as the page writes them."""
+    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 EXAMPLES = {

@@ -77,8 +77,34 @@ def test_one_group_leaves_the_other_stages_idle_and_several_fill_them() -> None:
     staged = replace(RUN, pipeline_model_parallel_size=4)
     idle = step_parts(LLAMA_1B4, staged, 64, waves=1)
     assert idle.decode.dense == pytest.approx(flat.decode.dense), "four times the GPUs, the same time"
+    assert idle.decode.dense_bytes == flat.decode.dense_bytes, "each weight is read once a token, the head's too"
     filled = step_parts(LLAMA_1B4, replace(staged, rollout_groups=4), 64, waves=1)
-    assert filled.decode.dense == pytest.approx(flat.decode.dense * 7 / 16)
+    head = step_flops(LLAMA_1B4, RUN.work()).decode.head / 16
+    assert filled.decode.dense == pytest.approx((flat.decode.dense - head) / 4 + head)
+    assert filled.decode.attention == pytest.approx(flat.decode.attention / 4)
+    assert filled.decode.attention_bytes == pytest.approx(flat.decode.attention_bytes / 4)
+
+
+def makespan(groups: int, stages: int, tokens: int, middle: float, last: float) -> float:
+    """When the last group's last token leaves the last stage: each stage serves one group at a time, in their order."""
+    free, back = [0.0] * stages, [0.0] * groups
+    for _ in range(tokens):
+        for group in range(groups):
+            for stage in range(stages):
+                begun = max(back[group], free[stage])
+                back[group] = free[stage] = begun + (last if stage == stages - 1 else middle)
+    return max(back)
+
+
+@pytest.mark.parametrize(("groups", "stages"), [(1, 1), (1, 4), (2, 4), (4, 4), (8, 4), (3, 2)])
+def test_decoding_in_groups_takes_as_long_as_when_it_is_played_through(groups: int, stages: int) -> None:
+    run = replace(RUN, pipeline_model_parallel_size=stages, rollout_groups=groups, global_batch_size=256 * groups)
+    parts = step_parts(LLAMA_1B4, run, 16 * stages, waves=1)
+    rows = run.global_batch_size * 16 / 16 / groups
+    middle = 2 * LLAMA_1B4.matmul_parameters / stages * rows
+    last = middle + 2 * LLAMA_1B4.head_parameters * rows
+    # The pipeline fills once in 128 tokens.
+    assert parts.decode.dense == pytest.approx(makespan(groups, stages, 128, middle, last), rel=0.03)
 
 
 def test_the_bubble_of_1f1b() -> None:
