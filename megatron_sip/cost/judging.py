@@ -7,6 +7,7 @@ weights once for all calls in flight, and the keys and values of each.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,6 +96,29 @@ class JudgeWork:
             self.rounds,
         )
 
+    def __add__(self, other: JudgeWork) -> JudgeWork:
+        """Both at once."""
+        return JudgeWork(
+            self.calls + other.calls,
+            self.prompt_tokens + other.prompt_tokens,
+            self.computed_tokens + other.computed_tokens,
+            self.answer_tokens + other.answer_tokens,
+            max(self.rounds, other.rounds),
+        )
+
+
+@dataclass(frozen=True)
+class RunWork:
+    """What the steps of a run ask: every `interval`-th of them `asked`, the others `between`."""
+
+    asked: JudgeWork
+    between: JudgeWork
+    interval: int
+
+    def mean(self, of: Callable[[JudgeWork], float]) -> float:
+        """Over the steps. Judging lags behind by one step at most, so no step takes up what another has left over."""
+        return (of(self.asked) + (self.interval - 1) * of(self.between)) / self.interval
+
 
 def quality_calls(questions: JudgeQuestions, size: int) -> tuple[int, int, int]:
     """(calls, distinct prompts, rounds) of the pairwise judge for a pool of `size`; for adaptive the whole budget."""
@@ -133,17 +157,22 @@ def judge_work(questions: JudgeQuestions, prefix: int, suffix: int, rollouts: in
             calls, rounds = calls + votes * size, max(rounds, 1)
             total += votes * size * (head + context + suffix)
             computed += head + context + size * (suffix + _BEHIND_SHARED[reading])
-    work = JudgeWork(calls, total, computed, calls * answer, rounds) * (1 / questions.judge_interval)
+    verdicts = JudgeWork(calls, total, computed, calls * answer, rounds)
+    return verdicts + rewrite_work(questions, prefix, suffix)
+
+
+def rewrite_work(questions: JudgeQuestions, prefix: int, suffix: int) -> JudgeWork:
+    """The rewriter alone, for one prefix."""
     if "rewrite" not in questions.pool:
-        return work
+        return JudgeWork(0, 0, 0, 0, 0)
     prompt = _INSTRUCTIONS["rewriter", "generate"] + prefix + suffix
-    return JudgeWork(
-        work.calls + 1,
-        work.prompt_tokens + prompt,
-        work.computed_tokens + prompt,
-        work.answer_tokens + suffix,
-        max(work.rounds, 1),
-    )
+    return JudgeWork(1, prompt, prompt, suffix, 1)
+
+
+def run_work(questions: JudgeQuestions, prefix: int, suffix: int, rollouts: int, batch: int) -> RunWork:
+    """What the steps of a run ask, of `batch` prefixes each."""
+    asked, between = judge_work(questions, prefix, suffix, rollouts), rewrite_work(questions, prefix, suffix)
+    return RunWork(asked * batch, between * batch, questions.judge_interval)
 
 
 def prompt_rate(servers: JudgeServers, cluster: Cluster) -> float:

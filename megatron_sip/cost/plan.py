@@ -12,9 +12,10 @@ from megatron_sip.cost.judging import (
     JudgeQuestions,
     JudgeServers,
     JudgeWork,
+    RunWork,
     busy_seconds,
     judge_seconds,
-    judge_work,
+    run_work,
     servers_needed,
 )
 from megatron_sip.cost.memory import Memory, memory_per_gpu
@@ -44,9 +45,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run with so many judge servers.
+    """A run with so many judge servers. The seconds of a step are means where --judge-interval is above 1.
 
-    judge        seconds that they take for a step
+    judge        seconds that they take for a step in which they are asked
     in_turn      seconds of a step that waits for its verdicts (lag 0)
     overlapped   seconds of a step of which the judges work meanwhile (lag 1)
     step         that of the two which is planned
@@ -67,7 +68,7 @@ class Outcome:
 class Plan:
     """What is predicted of a run. Seconds are of one step, GPU-hours of the whole run.
 
-    judge_step     what the judges are asked in a step
+    judge_work     what judges and rewriter are asked
     needed         servers with which judging takes no longer than the policy's parts; None: no number does
     outcome        the run with the servers of the settings, else with those that make it cheapest
     policy_busy    GPU-hours in which trainer and rollout servers work; their waiting is left out
@@ -78,7 +79,7 @@ class Plan:
     case: Case
     memory: Memory
     policy: PolicySeconds
-    judge_step: JudgeWork
+    judge_work: RunWork
     needed: int | None
     outcome: Outcome
     steps: int
@@ -104,7 +105,7 @@ class Plan:
         counts = {max(1, planned // 4), max(1, planned // 2), planned, 2 * planned, 4 * planned}
         counts |= {self.needed} if self.needed else set()
         return tuple(
-            outcome(self.case, self.judge_step, self.policy.total, self.steps, count) for count in sorted(counts)
+            outcome(self.case, self.judge_work, self.policy.total, self.steps, count) for count in sorted(counts)
         )
 
 
@@ -123,7 +124,9 @@ def make_plan(case: Case) -> Plan:
     training = spread_of_training(run, cluster.gpus)
     memory = memory_per_gpu(case.model, run, training.dp, _usable(cluster), efficiency.row_padding)
     policy = policy_seconds(case.model, run, cluster, efficiency, memory)
-    asked = judge_work(case.questions, run.prefix_length, run.suffix_length, run.num_rollouts) * run.global_batch_size
+    lengths = run.prefix_length, run.suffix_length
+    work = run_work(case.questions, *lengths, run.num_rollouts, run.global_batch_size)
+    busy = work.mean(lambda asked: busy_seconds(asked, case.servers, cluster))
     steps = _steps(run)
     elsewhere = policy.rollouts if run.rollout_gpus else 0.0
     peak = 1e12 * cluster.peak_tflops * efficiency.train_mfu * cluster.gpus
@@ -131,26 +134,33 @@ def make_plan(case: Case) -> Plan:
         case=case,
         memory=memory,
         policy=policy,
-        judge_step=asked,
-        needed=servers_needed(asked, case.servers, cluster, policy.total),
-        outcome=_planned(case, asked, policy.total, steps),
+        judge_work=work,
+        needed=servers_needed(work.asked, case.servers, cluster, policy.total),
+        outcome=_planned(case, work, policy.total, steps),
         steps=steps,
         policy_busy=steps * ((policy.total - elsewhere) * cluster.gpus + elsewhere * run.rollout_gpus) / HOUR,
-        judge_busy=steps * busy_seconds(asked, case.servers, cluster) * case.servers.judge_gpus_per_server / HOUR,
+        judge_busy=steps * busy * case.servers.judge_gpus_per_server / HOUR,
         plain=plain_flops(case.model, run.work()).total / peak,
     )
 
 
-def outcome(case: Case, asked: JudgeWork, policy: float, steps: int, servers: int) -> Outcome:
+def outcome(case: Case, work: RunWork, policy: float, steps: int, servers: int) -> Outcome:
     """The run with so many servers; `policy` seconds are those of its own parts."""
-    judge = judge_seconds(asked, case.servers, case.cluster, servers) if asked.calls else 0.0
-    overlapped = max(policy, judge) + case.efficiency.overlap_loss * min(policy, judge)
-    step = overlapped if case.questions.judge_lag else policy + judge
+
+    def judged(asked: JudgeWork) -> float:
+        return judge_seconds(asked, case.servers, case.cluster, servers)
+
+    def together(asked: JudgeWork) -> float:
+        judge = judged(asked)
+        return max(policy, judge) + case.efficiency.overlap_loss * min(policy, judge)
+
+    in_turn, overlapped = policy + work.mean(judged), work.mean(together)
+    step = overlapped if case.questions.judge_lag else in_turn
     gpus = case.cluster.gpus + case.run.rollout_gpus + servers * case.servers.judge_gpus_per_server
     return Outcome(
         servers=servers,
-        judge=judge,
-        in_turn=policy + judge,
+        judge=judged(work.asked),
+        in_turn=in_turn,
         overlapped=overlapped,
         step=step,
         days=step * steps / HOUR / 24,
@@ -158,15 +168,15 @@ def outcome(case: Case, asked: JudgeWork, policy: float, steps: int, servers: in
     )
 
 
-def _planned(case: Case, asked: JudgeWork, policy: float, steps: int) -> Outcome:
+def _planned(case: Case, work: RunWork, policy: float, steps: int) -> Outcome:
     """With the servers that are given, else with the number of the fewest GPU-hours."""
-    if not asked.calls:
-        return outcome(case, asked, policy, steps, 0)
+    if not work.asked.calls:
+        return outcome(case, work, policy, steps, 0)
     if case.servers.judge_servers is not None:
-        return outcome(case, asked, policy, steps, case.servers.judge_servers)
-    most = math.ceil(math.log(max(1.0, asked.calls), _GRID))
+        return outcome(case, work, policy, steps, case.servers.judge_servers)
+    most = math.ceil(math.log(max(1.0, work.asked.calls), _GRID))
     counts = sorted({round(_GRID**power) for power in range(most + 1)})
-    return min((outcome(case, asked, policy, steps, count) for count in counts), key=lambda found: found.gpu_hours)
+    return min((outcome(case, work, policy, steps, count) for count in counts), key=lambda found: found.gpu_hours)
 
 
 def arithmetic_against_plain(case: Case) -> float:

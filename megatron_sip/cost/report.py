@@ -38,7 +38,7 @@ def short(value: float) -> str:
 def grids(plan: Plan, changed: Sequence[Lever] = ()) -> list[Grid]:
     """The tables of a plan."""
     tables = [_case_grid(plan), _memory_grid(plan), _step_grid(plan)]
-    if plan.judge_step.calls:
+    if plan.judge_work.asked.calls:
         tables += [_judge_grid(plan), _servers_grid(plan)]
     tables.append(_run_grid(plan))
     if changed:
@@ -100,7 +100,7 @@ def _step_grid(plan: Plan) -> Grid:
 
 
 def _judge_grid(plan: Plan) -> Grid:
-    batch, work = plan.case.run.global_batch_size, plan.judge_step
+    batch, work = plan.case.run.global_batch_size, plan.judge_work.asked
     rows = (
         ("calls", short(work.calls / batch), short(work.calls)),
         ("prompt tokens", short(work.prompt_tokens / batch), short(work.prompt_tokens)),
@@ -187,11 +187,16 @@ def remarks(plan: Plan) -> list[str]:
         lines.append("The policy does not fit a rollout server: raise --rollout-tensor-parallel-size.")
     elif server > plan.usable_bytes:
         lines.append("The rows of a step do not fit the rollout servers at once; they are written in turns, slower.")
-    if plan.judge_step.calls and plan.needed is None:
+    if plan.judge_work.asked.calls and plan.needed is None:
         floor = "the rounds of answers alone take longer than the policy's step"
         lines.append(f"No number of judge servers keeps pace with the policy: {floor}. Larger batch, shorter answers.")
     elif plan.needed:
         lines.append(f"{plan.needed:,} judge servers keep pace with the policy.")
+    if plan.judge_work.interval > 1:
+        lines.append(
+            f"The judges are asked every {plan.judge_work.interval} steps; the trainer wants a cheaper one in all of "
+            "them (--likelihood-weight or --classifier-weight), which is not in the plan."
+        )
     if plan.case.servers.judge_servers is None and plan.outcome.servers:
         lines.append("The planned number of judge servers is that of the fewest GPU-hours.")
     return lines
@@ -219,7 +224,7 @@ def as_json(plan: Plan, changed: Sequence[Lever] = ()) -> dict[str, Any]:
         "fits": plan.fits,
         "policy_seconds": {**asdict(plan.policy), "total": plan.policy.total},
         "flops": asdict(step_flops(plan.case.model, plan.case.run.work())),
-        "judge_step": asdict(plan.judge_step),
+        "judge_work": asdict(plan.judge_work),
         "judge_servers_needed": plan.needed,
         "outcome": asdict(plan.outcome),
         "options": [asdict(found) for found in plan.options()],

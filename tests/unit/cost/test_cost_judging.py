@@ -16,6 +16,7 @@ from megatron_sip.cost.judging import (
     judge_work,
     prompt_rate,
     quality_calls,
+    run_work,
     servers_needed,
     token_seconds,
 )
@@ -87,7 +88,10 @@ def test_the_paper_asks_196_thousand_calls_a_step() -> None:
 
 def test_an_interval_and_a_rewriter() -> None:
     base = judge_work(ASK, 1024, 128, 16)
-    assert judge_work(replace(ASK, judge_interval=4), 1024, 128, 16).answer_tokens == base.answer_tokens / 4
+    every = run_work(replace(ASK, judge_interval=4, pool=("original", "rewrite")), 1024, 128, 16, batch=2)
+    # Two candidates make a pair; the rewriter is asked in the steps between too.
+    assert [work.calls for work in (every.asked, every.between)] == [2 * (1 + 1), 2]
+    assert every.mean(lambda work: work.answer_tokens) == 2 * (300 / 4 + 128)
     rewritten = judge_work(replace(ASK, pool=("rewrite", "rollout")), 1024, 128, 16)
     assert rewritten.calls == base.calls + 1
     assert rewritten.answer_tokens == base.answer_tokens + 128

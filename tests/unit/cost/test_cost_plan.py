@@ -21,7 +21,7 @@ def test_the_papers_run_is_bound_by_its_judge() -> None:
     plan = make_plan(PAPER)
     assert plan.fits
     assert plan.steps == 2000
-    assert plan.judge_step.calls == 256 * 120
+    assert plan.judge_work.asked.calls == 256 * 120
     assert plan.judge_busy > 10 * plan.policy_busy
     assert arithmetic_against_plain(PAPER) == pytest.approx(2.3, abs=0.1), "2.4 without attention and head"
 
@@ -34,6 +34,21 @@ def test_overlap_hides_the_shorter_of_policy_and_judge() -> None:
         assert found.step == found.in_turn
     late = make_plan(with_questions(with_servers(PAPER, judge_servers=30), judge_lag=1)).outcome
     assert late.step == late.overlapped < late.in_turn
+
+
+def test_no_step_takes_up_the_judging_that_another_has_left_over() -> None:
+    """A judge that is asked every second step, and then takes 16 s beside a policy of 1 s."""
+    for lag in (0, 1):
+        every = with_questions(with_servers(PAPER, judge_servers=120), judge_lag=lag)
+        each, second = make_plan(every), make_plan(with_questions(every, judge_interval=2))
+        policy = each.policy.total
+        assert each.outcome.judge > 10 * policy
+        assert second.outcome.judge == each.outcome.judge, "answers are not written faster because there are fewer"
+        assert second.outcome.step == pytest.approx((each.outcome.step + policy) / 2)
+        assert second.judge_busy == pytest.approx(each.judge_busy / 2)
+        assert second.needed == each.needed
+        said = [any("--likelihood-weight" in line for line in remarks(plan)) for plan in (each, second)]
+        assert said == [False, True]
 
 
 def test_hours_are_gpus_times_time() -> None:
