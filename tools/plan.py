@@ -29,6 +29,7 @@ from rich.console import Console
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.config.fields import flag_of
 from megatron_sip.config.groups import ModelConfig
+from megatron_sip.config.numbers import whole_number
 from megatron_sip.config.presets import presets
 from megatron_sip.cost import check_report, report
 from megatron_sip.cost.check import check, fit, planned
@@ -86,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--model-preset", choices=list(presets()), help="sizes by name; given ones win")
     model.add_argument("--load", type=Path, help="take the sizes of this Hugging Face Llama folder")
     for name in MODEL_FLAGS:
-        model.add_argument(flag_of(name), type=int, help="as in the trainer")
+        model.add_argument(flag_of(name), type=whole_number(1), help="as in the trainer")
     model.add_argument(flag_of(UNTIED), action=argparse.BooleanOptionalAction, default=None)
     for title, kind in GROUPS:
         _add_fields(parser.add_argument_group(title), kind)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_sip.checkpoint.hf_names import padded_query_groups, padded_vocab_size
+from megatron_sip.checkpoint.hf_names import padded_vocab_size
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.config.stages import largest_stage
 from megatron_sip.cost.settings import RunSettings
@@ -17,8 +17,9 @@ FLOAT = 4
 class Memory:
     """Bytes on one GPU, and on the host for each rank.
 
-    The static ones are there all the time; of training, reference and rollouts only one at a time. The last two are
-    those of a GPU of the vllm engine: weights, and keys and values of all rows that it gets in a step.
+    The static ones are there all the time; of training, reference and rollouts only one at a time. `rollout_prefill` is
+    the pass over a wave's prefixes with their own keys and values. The last two are those of a GPU of the vllm engine:
+    weights, and keys and values of all rows that it gets in a step.
     """
 
     weights: float
@@ -29,6 +30,7 @@ class Memory:
     reference_pass: float
     rollout_cache: float
     rollout_logits: float
+    rollout_prefill: float
     host_reference: float
     wave: int
     server_weights: float = 0.0
@@ -43,7 +45,7 @@ class Memory:
     def peak(self) -> float:
         """The most at any time."""
         rollouts = self.rollout_cache + self.rollout_logits
-        return self.static + max(self.activations + self.logits, self.reference_pass, rollouts)
+        return self.static + max(self.activations + self.logits, self.reference_pass, rollouts, self.rollout_prefill)
 
 
 def stage_parameters(model: ModelSizes, run: RunSettings) -> float:
@@ -66,8 +68,7 @@ def layer_activation_bytes(model: ModelSizes, run: RunSettings) -> float:
     SwiGLU both halves of the first product, the gate behind SiLU, and their product.
     """
     tp = run.tensor_model_parallel_size
-    groups = padded_query_groups(model.num_query_groups, tp)
-    heads = groups * model.num_attention_heads // model.num_query_groups
+    heads, groups = model.num_attention_heads, model.num_query_groups
     split = (3 * heads + 4 * groups) * model.kv_channels + 4 * model.ffn_hidden_size
     whole = 4 * model.hidden_size / (tp if run.sequence_parallel else 1)
     return run.element_bytes * (whole + split / tp)
@@ -89,12 +90,23 @@ def _activations(model: ModelSizes, run: RunSettings, data_parallel: int, row_pa
 
 def cache_bytes_per_prefix(model: ModelSizes, run: RunSettings) -> float:
     """Keys and values of a prefix and its K continuations on one rank."""
-    tp = run.tensor_model_parallel_size
-    width = 2 * padded_query_groups(model.num_query_groups, tp) // tp * model.kv_channels
+    width = 2 * model.num_query_groups // run.tensor_model_parallel_size * model.kv_channels
     layers = largest_stage(model.num_layers, run.pipeline_model_parallel_size)
     copies = 1 if run.prefill_once else run.num_rollouts
     tokens = copies * run.prefix_length + run.num_rollouts * run.suffix_length
     return run.element_bytes * layers * width * tokens
+
+
+def prefill_bytes_per_prefix(model: ModelSizes, run: RunSettings) -> float:
+    """The pass over one prefix, which all of a wave share, on one rank, with the keys and values that it leaves.
+
+    Nothing is kept for a backward pass: of one layer residual and norm, both halves of SwiGLU and their product.
+    """
+    tp = run.tensor_model_parallel_size
+    width = 2 * model.hidden_size / (tp if run.sequence_parallel else 1) + 3 * model.ffn_hidden_size / tp
+    copies = 1 if run.prefill_once else run.num_rollouts
+    cached = cache_bytes_per_prefix(model, replace(run, num_rollouts=0, prefill_once=True))
+    return copies * (run.element_bytes * run.prefix_length * width + cached)
 
 
 def server_bytes(model: ModelSizes, run: RunSettings) -> tuple[float, float]:
@@ -109,7 +121,10 @@ def server_bytes(model: ModelSizes, run: RunSettings) -> tuple[float, float]:
 def memory_per_gpu(
     model: ModelSizes, run: RunSettings, data_parallel: int, usable_bytes: float, row_padding: float = 1.0
 ) -> Memory:
-    """The sum. Without a given wave the largest that fits `usable_bytes` is taken, of one prefix at least."""
+    """The sum, for the policy as it is trained.
+
+    Without a given wave the largest that fits `usable_bytes` is taken, of one prefix at least.
+    """
     n, size = stage_parameters(model, run), run.element_bytes
     vocabulary = padded_vocab_size(
         model.vocab_size, ModelConfig.make_vocab_size_divisible_by, run.tensor_model_parallel_size
@@ -127,7 +142,8 @@ def memory_per_gpu(
     # Logits of a step of decoding: gathered in the run's type, and twice in fp32 while one token is drawn.
     row_logits = run.num_rollouts * vocabulary * (size + 2 * FLOAT) if rollouts_here else 0.0
     share = -(-run.global_batch_size // data_parallel)
-    room = int((usable_bytes - static) / (per_prefix + row_logits)) if rollouts_here else share
+    prefill = prefill_bytes_per_prefix(model, run) if rollouts_here else 0.0
+    room = int((usable_bytes - static) / max(per_prefix + row_logits, prefill)) if rollouts_here else share
     wave = run.rollout_batch_size or max(1, min(share, room))
     return Memory(
         weights=size * n,
@@ -138,6 +154,7 @@ def memory_per_gpu(
         reference_pass=size * n + forward + logits / 2 if work.reference else 0.0,
         rollout_cache=min(wave, share) * per_prefix,
         rollout_logits=min(wave, share) * row_logits,
+        rollout_prefill=min(wave, share) * prefill,
         host_reference=FLOAT * n if work.reference else 0.0,
         wave=min(wave, share),
         server_weights=server_bytes(model, run)[0],

@@ -21,7 +21,7 @@ from megatron_sip.cost.judging import (
 from megatron_sip.cost.memory import Memory, memory_per_gpu
 from megatron_sip.cost.parts import spread_of_training
 from megatron_sip.cost.ranges import out_of_range
-from megatron_sip.cost.settings import RunSettings, problems
+from megatron_sip.cost.settings import RunSettings, as_trained, problems
 from megatron_sip.cost.sizes import ModelSizes
 from megatron_sip.cost.timing import PolicySeconds, policy_seconds
 from megatron_sip.errors import ConfigError
@@ -122,8 +122,9 @@ def make_plan(case: Case) -> Plan:
         raise ConfigError("; ".join(found))
     run, cluster, efficiency = case.run, case.cluster, case.efficiency
     training = spread_of_training(run, cluster.gpus)
-    memory = memory_per_gpu(case.model, run, training.dp, _usable(cluster), efficiency.row_padding)
-    policy = policy_seconds(case.model, run, cluster, efficiency, memory)
+    model = as_trained(case.model, run)
+    memory = memory_per_gpu(model, run, training.dp, _usable(cluster), efficiency.row_padding)
+    policy = policy_seconds(model, run, cluster, efficiency, memory)
     lengths = run.prefix_length, run.suffix_length
     work = run_work(case.questions, *lengths, run.num_rollouts, run.global_batch_size)
     busy = work.mean(lambda asked: busy_seconds(asked, case.servers, cluster))

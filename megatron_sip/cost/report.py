@@ -73,6 +73,7 @@ def _memory_grid(plan: Plan) -> Grid:
         "while the reference scores: its weights and a pass": memory.reference_pass,
         f"while rolling out: keys and values of {memory.wave} prefixes": memory.rollout_cache,
         "while rolling out: logits": memory.rollout_logits,
+        "while prefixes are read: a pass with their keys and values": memory.rollout_prefill,
         "at most at once": memory.peak,
         "usable of a GPU": plan.usable_bytes,
         "on the host, for each GPU: reference in fp32": memory.host_reference,
@@ -182,6 +183,15 @@ def remarks(plan: Plan) -> list[str]:
     if not plan.fits:
         over = (plan.memory.peak - plan.usable_bytes) / 1e9
         lines.append(f"It does not fit: {over:.1f} GB too much on a GPU. {_way_out(plan)}")
+    run = plan.case.run
+    share = run.global_batch_size // (plan.case.cluster.gpus // run.model_parallel)
+    if run.rollout_batch_size is None and plan.memory.wave < share:
+        lines.append(
+            f"Say --rollout-batch-size {plan.memory.wave} in the run: without it the trainer writes the rollouts of "
+            f"all {share} prefixes of a rank at once, and they do not fit."
+        )
+    if run.use_distributed_optimizer:
+        lines.append("The trainer takes --use-distributed-optimizer only without --save, and with --reference frozen.")
     server = plan.memory.server_weights + plan.memory.server_cache
     if plan.memory.server_weights > plan.usable_bytes:
         lines.append("The policy does not fit a rollout server: raise --rollout-tensor-parallel-size.")
@@ -210,7 +220,7 @@ def _way_out(plan: Plan) -> str:
     parts = {
         "Raise TP, or say --recompute-granularity full.": memory.activations + memory.logits,
         "Raise TP or PP.": memory.reference_pass,
-        "Lower --rollout-batch-size.": memory.rollout_cache + memory.rollout_logits,
+        "Lower --rollout-batch-size.": max(memory.rollout_cache + memory.rollout_logits, memory.rollout_prefill),
     }
     return max(parts, key=lambda way: parts[way])
 

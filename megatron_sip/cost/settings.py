@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_sip.checkpoint.hf_names import padded_query_groups
 from megatron_sip.config.groups import (
     DataConfig,
     ParallelConfig,
@@ -37,6 +38,7 @@ class RunSettings:
     tensor_model_parallel_size: int = setting(ParallelConfig.tensor_model_parallel_size, "TP")
     pipeline_model_parallel_size: int = setting(ParallelConfig.pipeline_model_parallel_size, "PP")
     sequence_parallel: bool = setting(ParallelConfig.sequence_parallel, "norms and residuals split over TP")
+    pad_query_groups: bool = setting(ParallelConfig.pad_query_groups, "groups of zeros, where TP does not divide them")
     use_distributed_optimizer: bool = setting(False, "optimizer state split over DP")
     overlap_grad_reduce: bool = setting(ParallelConfig.overlap_grad_reduce, "reduce gradients during backward")
     dtype: Literal["bf16", "fp32"] = setting("bf16", "weights and activations")
@@ -85,6 +87,13 @@ class RunSettings:
         )
 
 
+def as_trained(model: ModelSizes, run: RunSettings) -> ModelSizes:
+    """The policy as it is on the GPUs: with the groups of zeros of --pad-query-groups, each of equal heads."""
+    groups = padded_query_groups(model.num_query_groups, run.tensor_model_parallel_size)
+    heads = groups * model.num_attention_heads // model.num_query_groups
+    return replace(model, num_query_groups=groups, num_attention_heads=heads)
+
+
 def problems(run: RunSettings, model: ModelSizes, gpus: int) -> Iterator[str]:
     """Relations that cannot be, one sentence each, with the flags at fault; single numbers are in their ranges."""
     tp, pp = run.tensor_model_parallel_size, run.pipeline_model_parallel_size
@@ -93,6 +102,16 @@ def problems(run: RunSettings, model: ModelSizes, gpus: int) -> Iterator[str]:
         return
     if pp > model.num_layers:
         yield f"--pipeline-model-parallel-size {pp} is more than the model's {model.num_layers} layers; lower it"
+    if tp > model.num_attention_heads:
+        yield (
+            f"--tensor-model-parallel-size {tp} is more than --num-attention-heads {model.num_attention_heads}, and "
+            "some ranks would have no head at all; lower it"
+        )
+    elif model.num_query_groups % tp and not run.pad_query_groups:
+        yield (
+            f"--tensor-model-parallel-size {tp} does not divide --num-query-groups {model.num_query_groups}; change it "
+            "or add groups of zeros with --pad-query-groups"
+        )
     if model.ffn_hidden_size % tp:
         yield f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}; change it"
     rows = gpus // run.model_parallel * run.micro_batch_size

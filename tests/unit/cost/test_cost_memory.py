@@ -62,6 +62,17 @@ def test_a_wave_is_what_fits_or_what_is_given() -> None:
     assert memory_per_gpu(LLAMA_1B4, RUN, 64, ROOM).wave == 4, "no more than a rank has"
 
 
+def test_long_prefixes_with_one_rollout_need_most_while_they_are_read() -> None:
+    one = replace(RUN, num_rollouts=1, prefix_length=1900, suffix_length=16)
+    memory = memory_per_gpu(LLAMA_1B4, one, 1, ROOM)
+    read = 1900 * 2 * (2 * 2048 + 3 * 5632 + 2 * 24 * 16 * 128)
+    assert memory.rollout_prefill == memory.wave * read
+    assert memory.rollout_prefill > memory.rollout_cache + memory.rollout_logits
+    assert memory.peak == memory.static + memory.rollout_prefill <= ROOM < memory.peak + read
+    many = memory_per_gpu(LLAMA_1B4, RUN, 1, ROOM)
+    assert many.rollout_prefill < many.rollout_cache
+
+
 def test_rollout_servers_hold_the_weights_and_the_rows_of_a_step() -> None:
     served = replace(RUN, rollout_engine="vllm", rollout_gpus=16, rollout_tensor_parallel_size=2)
     memory = memory_per_gpu(LLAMA_1B4, served, 64, ROOM)

@@ -155,6 +155,7 @@ def test_assumptions_have_a_source_and_a_changed_one_is_given() -> None:
         ({"global_batch_size": 100}, "--global-batch-size 100 is no multiple of DP x --micro-batch-size = 64"),
         ({"pipeline_model_parallel_size": 32}, "more than the model's 24 layers"),
         ({"sequence_parallel": True}, "--sequence-parallel needs"),
+        ({"tensor_model_parallel_size": 32}, "32 is more than --num-attention-heads 16"),
         ({"rollout_engine": "vllm"}, "--rollout-engine vllm and --rollout-gpus go together"),
         ({"rollout_engine": "vllm", "rollout_gpus": 3, "rollout_tensor_parallel_size": 2}, "--rollout-gpus 3 is no"),
         (
@@ -175,6 +176,32 @@ def test_a_width_that_does_not_divide_is_refused() -> None:
     odd = replace(PAPER, model=replace(PAPER.model, ffn_hidden_size=5633))
     with pytest.raises(ConfigError, match="--tensor-model-parallel-size 2 does not divide --ffn-hidden-size 5633"):
         make_plan(with_run(odd, tensor_model_parallel_size=2))
+
+
+def test_query_groups_that_tp_does_not_divide_are_padded_or_refused() -> None:
+    """8 groups of 4 heads over 16 ranks: one half of all groups are zeros, which are stored and multiplied too."""
+    eight = replace(PAPER, model=LLAMA3_8B)
+    odd = with_run(eight, tensor_model_parallel_size=16)
+    with pytest.raises(ConfigError, match=r"16 does not divide --num-query-groups 8; .* --pad-query-groups"):
+        make_plan(odd)
+    padded = make_plan(with_run(odd, pad_query_groups=True))
+    double = replace(LLAMA3_8B, num_query_groups=16, num_attention_heads=64)
+    assert padded.memory == make_plan(replace(odd, model=double)).memory
+    assert padded.policy == make_plan(replace(odd, model=double)).policy
+    even = with_run(eight, tensor_model_parallel_size=8)
+    assert make_plan(with_run(even, pad_query_groups=True)).policy == make_plan(even).policy
+
+
+def test_what_the_trainer_must_be_told_is_said() -> None:
+    few = replace(PAPER, cluster=replace(PAPER.cluster, gpus=1))
+    plan = make_plan(few)
+    assert plan.memory.wave < 256
+    assert any(f"Say --rollout-batch-size {plan.memory.wave}" in line for line in remarks(plan))
+    given = make_plan(with_run(few, rollout_batch_size=plan.memory.wave))
+    assert not any("Say --rollout-batch-size" in line for line in (*remarks(given), *remarks(make_plan(PAPER))))
+    assert any(
+        "--reference frozen" in line for line in remarks(make_plan(with_run(few, use_distributed_optimizer=True)))
+    )
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,9 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert error.startswith("plan: --global-batch-size 256 is no multiple")
     assert error.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        plan.main([*PAPER_FLAGS, "--vocab-size", "0"])
+    assert "--vocab-size: 0 is below 1" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert plan.main([*PAPER_FLAGS, "--json", str(tmp_path / "file" / "plan.json")]) == 2
     assert "cannot write --json" in capsys.readouterr().err
