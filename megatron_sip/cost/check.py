@@ -127,5 +127,6 @@ def planned(cluster: Cluster, efficiency: Efficiency) -> Predictor:
 
 
 def check(steps: Sequence[MeasuredStep], predict: Predictor, fitted_on: Sequence[MeasuredStep] = ()) -> list[Checked]:
-    """Every size against its prediction."""
-    return [Checked(step, predict(step), step in fitted_on) for step in steps]
+    """Every size against its prediction; one that was measured twice is fitted on, whichever time it was."""
+    sizes = [(step.model, step.run) for step in fitted_on]
+    return [Checked(step, predict(step), (step.model, step.run) in sizes) for step in steps]

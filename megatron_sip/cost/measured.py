@@ -90,6 +90,4 @@ def _step(data: Mapping[str, Any], point: Mapping[str, Any]) -> MeasuredStep:
     layout = f" TP {tp} PP {pp}" if tp * pp > 1 else ""
     name = f"P {run.prefix_length} K {run.num_rollouts} B {run.global_batch_size}{layout}"
     rate = point["flops_per_step"] / point["floor_seconds"] / (tp * pp)
-    return MeasuredStep(
-        name, ModelSizes(**sizes), run, rate, {part: float(point["parts"].get(part, 0.0)) for part in PARTS}
-    )
+    return MeasuredStep(name, ModelSizes(**sizes), run, rate, {part: float(point["parts"][part]) for part in PARTS})

@@ -135,6 +135,13 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
         read_measured(tmp_path / "none.json")
 
 
+def test_a_part_that_was_not_measured_is_no_part_of_no_seconds(tmp_path: Path) -> None:
+    whole = point(256, 16, 4, seconds=3.0)
+    parts = {name: value for name, value in whole["parts"].items() if name != "optimizer"}
+    with pytest.raises(DataError, match="'optimizer'"):
+        read_measured(written(tmp_path / "bench.json", [{**whole, "parts": parts}]))
+
+
 def test_constants_are_found_again_and_predict_other_sizes(tmp_path: Path) -> None:
     steps = true_steps(tmp_path, SIZES)
     found = fit(steps[:4])
@@ -143,6 +150,12 @@ def test_constants_are_found_again_and_predict_other_sizes(tmp_path: Path) -> No
     checked = check(steps, found.seconds, steps[:4])
     assert [one.fitted for one in checked] == [True] * 4 + [False] * 2
     assert max(abs(one.error("whole")) for one in checked) < 1e-6
+
+
+def test_a_size_that_was_measured_again_is_none_that_was_held_out(tmp_path: Path) -> None:
+    steps = true_steps(tmp_path, SIZES)
+    again = [replace(step, seconds={part: 1.1 * value for part, value in step.seconds.items()}) for step in steps]
+    assert [one.fitted for one in check(again, TRUE.seconds, steps[:4])] == [True] * 4 + [False] * 2
 
 
 def test_an_error_is_the_share_by_which_the_prediction_is_off(tmp_path: Path) -> None:
