@@ -164,9 +164,11 @@ class Run:
         ahead = (iteration - now.iteration) * self.config.training.global_batch_size
         cuts = self.upcoming.take(now.consumed_samples + ahead)
         written = self.course.written(iteration, [cut.sample_index for cut in cuts])
+        batch = self.maker.begin(cuts, iteration, written)
         if written is not None:
-            self._reporter().say(f"iteration {iteration + 1} takes its rollouts from the checkpoint")
-        return self.maker.begin(cuts, iteration, written)
+            taken = "takes its rollouts from" if batch.rollouts is written else "has other rollouts than those in"
+            self._reporter().say(f"iteration {iteration + 1} {taken} the checkpoint")
+        return batch
 
     @contextmanager
     def _updating(self) -> Iterator[None]:

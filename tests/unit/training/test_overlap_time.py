@@ -25,6 +25,7 @@ from megatron_sip.config.groups import Config, DataConfig, JudgeConfig, Preferen
 from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.training import preferences
+from megatron_sip.training.loop import Run
 from megatron_sip.training.overlap import Overlap, lag_of
 from megatron_sip.training.preferences import BegunBatch, PreferenceMaker, Preferences
 from megatron_sip.types import Cut, Pair
@@ -193,3 +194,29 @@ def test_pairs_do_not_depend_on_the_order_of_the_answers(delay: Any, monkeypatch
         assert all(isinstance(pair, Pair) for pair in one.pairs)
         assert one.scores == other.scores
         assert [pool.sample_index for pool in one.pools] == [pool.sample_index for pool in other.pools]
+
+
+@pytest.mark.parametrize(("kept", "taken"), [(ROLLOUTS, True), (ROLLOUTS + 1, False)])
+def test_rollouts_of_a_checkpoint_are_told_as_taken_only_where_they_are(
+    kept: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another --num-rollouts than the run that saved them they are written anew."""
+    written = Rollouts(torch.ones(SIZE, kept, LENGTH, dtype=torch.int64), torch.full((SIZE, kept), LENGTH))
+    engine, said = Engine(0.0), list[str]()
+    with FakeServer() as server:
+        server.fault_every_time = Judge(0.0)
+        config = config_of(server.url, 1)
+        with PreferenceServices(config, {}) as services:
+            run: Any = SimpleNamespace(
+                config=config,
+                course=SimpleNamespace(
+                    progress=SimpleNamespace(iteration=2, consumed_samples=2 * SIZE), written=lambda *_: written
+                ),
+                upcoming=SimpleNamespace(take=lambda consumed: cuts_at(consumed // SIZE)),
+                maker=maker_of(config, services, engine, monkeypatch),
+                _reporter=lambda: SimpleNamespace(say=said.append),
+            )
+            batch = Run.begin(run, 2)
+    assert (batch.rollouts is written, not engine.waves) == (taken, taken)
+    [line] = said
+    assert ("takes its rollouts from the checkpoint" in line) is taken
