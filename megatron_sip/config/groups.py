@@ -137,6 +137,9 @@ class TrainingConfig:
     shared_prefix: bool = True
     """Train a pair as one row [prefix | chosen | rejected]; off: as two rows, which computes the prefix twice and gives
     the same loss and gradients (for comparison)."""
+    logits_chunk_mib: int = 256
+    """MiB of float32 logits that a rank may hold at a time when it takes log-probabilities; the logits of a micro-batch
+    that are more are made in chunks of the vocabulary, and once more in the backward pass."""
     bf16: bool = False
     """Weights and activations in bfloat16 with fp32 main weights; default fp32."""
     max_skipped_iterations: int = 10

@@ -15,6 +15,7 @@ _AT_LEAST_ONE = (
     *("recompute_num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("context_parallel_size", "distributed_timeout_minutes", "seq_length", "suffix_length", "min_prefix_length"),
     *("max_prefix_length", "min_document_length", "micro_batch_size", "global_batch_size", "train_iters"),
+    "logits_chunk_mib",
     *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
     "rollout_concurrency",
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),

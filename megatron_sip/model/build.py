@@ -167,6 +167,7 @@ def build_policy(config: Config, world: World) -> PolicyModel:
     policy = PolicyModel(
         real_vocab_size=vocab_size,
         frequencies=frequencies,
+        logits_chunk_bytes=config.training.logits_chunk_mib * 2**20,
         config=core,
         transformer_layer_spec=_block_spec(core, use_transformer_engine(model), world.last_stage),
         vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, world.tp_size),

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_sip.model.attention import RolloutCache
+from megatron_sip.model.lm_head import mask_padding_
 from megatron_sip.model.packed import Product, product_with
-from megatron_sip.model.policy import PolicyModel, head_weight, mask_padded_vocabulary
+from megatron_sip.model.policy import PolicyModel
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DecodeStage:
         self.policy = policy
         self.group = policy.pg_collection.tp
         self.layers = [_Layer.of(layer, rows) for layer in policy.decoder.layers]
-        self.head = product_with(head_weight(policy), rows) if policy.post_process else None
+        self.head = product_with(policy.head_weight, rows) if policy.post_process else None
 
     @staticmethod
     def fits(policy: PolicyModel) -> bool:
@@ -93,7 +94,7 @@ class DecodeStage:
         if self.head is None:
             return x
         logits = self.head(policy.decoder.final_layernorm(x)).squeeze(1)
-        return mask_padded_vocabulary(logits, policy.real_vocab_size, self.group.rank())
+        return mask_padding_(logits, policy.first_column, policy.real_vocab_size)
 
     def _attention(
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: RolloutCache

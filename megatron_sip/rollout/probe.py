@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_sip.loss.logprob import token_logprobs
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.world import World
 
@@ -43,8 +42,8 @@ def _through_stages(policy: PolicyModel, world: World, tokens: torch.Tensor) -> 
         hidden = torch.empty(shape, dtype=policy.config.pipeline_dtype, device=world.device)
         dist.recv(hidden, group=world.pp_group, group_src=world.pp_rank - 1)
         policy.set_input_tensor(hidden)
-    out = policy(ids, positions, layout, (torch.zeros_like(places), places))
+    out = policy(ids, positions, layout, (torch.zeros_like(places), places), targets=tokens[1:])
     if world.last_stage:
-        return token_logprobs(out.float(), tokens[1:])
+        return out
     dist.send(out.contiguous(), group=world.pp_group, group_dst=world.pp_rank + 1)
     return torch.empty(len(places), dtype=torch.float32, device=world.device)

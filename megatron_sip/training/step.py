@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_sip.config.groups import Config
-from megatron_sip.loss.logprob import token_logprobs
 from megatron_sip.loss.reduce import GlobalCounts, LossWeights, ObjectiveTerms, local_counts, objective_terms
 from megatron_sip.loss.segments import ReferenceLogps, SegmentLogps, of_pairs, segment_sums
 from megatron_sip.model.policy import PolicyModel
@@ -147,8 +146,8 @@ class PolicyTrainer:
             Rows in the order of `batch`; None on the other stages.
         """
 
-        def collect(logits: torch.Tensor, micro: _MicroBatch, **_schedule: Any) -> SegmentLogps:
-            return self._sums(logits, micro)
+        def collect(logps: torch.Tensor, micro: _MicroBatch, **_schedule: Any) -> SegmentLogps:
+            return self._sums(logps, micro)
 
         parts: list[SegmentLogps] = self._run(batch, collect, None, forward_only=True)
         if not parts:
@@ -167,18 +166,18 @@ class PolicyTrainer:
             logps = self.segment_logps(batch)
         return None if logps is None else ReferenceLogps(logps.chosen, logps.rejected)
 
-    def _sums(self, logits: torch.Tensor, micro: _MicroBatch) -> SegmentLogps:
-        sums = segment_sums(token_logprobs(logits, micro.scored.target), micro.scored, micro.rows.rows)
+    def _sums(self, logps: torch.Tensor, micro: _MicroBatch) -> SegmentLogps:
+        sums = segment_sums(logps, micro.scored, micro.rows.rows)
         return sums if self.shares_prefix else of_pairs(sums)
 
     def _loss(self, counts: GlobalCounts) -> Callable[..., Any]:
         """The objective as megatron-core's schedules call it: summed loss, count, metrics."""
 
         def loss(
-            logits: torch.Tensor, micro: _MicroBatch, **_schedule: Any
+            logps: torch.Tensor, micro: _MicroBatch, **_schedule: Any
         ) -> tuple[torch.Tensor, torch.Tensor, ObjectiveTerms]:
             terms = objective_terms(
-                self._sums(logits, micro),
+                self._sums(logps, micro),
                 micro.reference,
                 micro.batch,
                 weights=self.weights,
@@ -193,19 +192,21 @@ class PolicyTrainer:
     def _run(
         self,
         batch: PreferenceBatch,
-        on_logits: Callable[..., Any],
+        on_logps: Callable[..., Any],
         reference: ReferenceLogps | None,
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Send the micro-batches through megatron-core's schedule; what `on_logits` left, last stage only."""
+        """Send the micro-batches through megatron-core's schedule; what `on_logps` left, last stage only."""
 
         def forward_step(micros: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             self.before_micro_batch()
             micro = next(micros)
             positions = position_ids(micro.layout, micro.rows.width).to(self.world.device)
-            out = model(micro.rows.tokens, positions, micro.layout, (micro.scored.row, micro.scored.source))
-            return out, lambda logits, **schedule: on_logits(logits, micro, **schedule)
+            scored = micro.scored
+            places = (scored.row, scored.source)
+            out = model(micro.rows.tokens, positions, micro.layout, places, targets=scored.target)
+            return out, lambda logps, **schedule: on_logps(logps, micro, **schedule)
 
         self.before_pass()
         size = self.config.training.micro_batch_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from megatron_sip.parallel import world as world_module
 from megatron_sip.rollout.engine import Sampling
 from megatron_sip.rollout.sampling import uniforms
 from megatron_sip.types import PreferenceBatch
+
+CHUNK_BYTES = 4 * 50 * 100
+"""A hundred columns for the suffixes of three or four pairs: several chunks on every rank, the last one smaller."""
 
 
 def batch_of(indices: list[int], multiple: int) -> PreferenceBatch:
@@ -92,10 +96,9 @@ class LayoutCheck:
 
     def logprobs(self) -> None:
         """Every suffix token of every row, valid or not, and the sums by row."""
-        from megatron_sip.loss.logprob import token_logprobs
 
-        def collect(logits: torch.Tensor, micro: Any, **_schedule: Any) -> torch.Tensor:
-            return token_logprobs(logits, micro.scored.target)
+        def collect(logps: torch.Tensor, micro: Any, **_schedule: Any) -> torch.Tensor:
+            return logps
 
         tokens = self.trainer._run(self.batch, collect, None, forward_only=True)
         logps = self.trainer.segment_logps(self.batch)
@@ -254,6 +257,54 @@ class LayoutCheck:
         assert abs(own[1] - shared[1]) < self.gradient_limit
         assert worst < self.gradient_limit, f"one row and two rows a pair: gradients differ by {worst:.1e} of the norm"
 
+    def chunks(self) -> None:
+        """The LM head by chunks of the vocabulary: the oracle's numbers, and no logits beside the chunks."""
+        whole, self.policy.logits_chunk_bytes = self.policy.logits_chunk_bytes, CHUNK_BYTES
+        self.policy.logits = _no_logits
+        self.logprobs()
+        right = self.gradients(self.batch, self.trainer.reference_logps(self.batch))
+        assert right < self.gradient_limit, f"by chunks of the vocabulary a gradient is {right:.1e} of its norm away"
+        del self.policy.logits
+        self.policy.logits_chunk_bytes = whole
+
+    def tied(self) -> None:
+        """With the embedding as LM head, and the prefix scored too: the gradients of megatron-core's own loss."""
+        from megatron_sip.model.build import build_policy
+        from megatron_sip.training.step import PolicyTrainer
+
+        config = replace(
+            self.config,
+            model=replace(self.config.model, untie_embeddings_and_output_weights=False, init_method_std=0.2),
+            preference=replace(self.config.preference, nll_weight=0.2, prefix_ntp_weight=0.3),
+        )
+        policy = build_policy(config, self.world)
+        trainer = PolicyTrainer(policy, config, self.world)
+        reference = trainer.reference_logps(self.batch)
+
+        def gradients() -> list[torch.Tensor]:
+            trainer.forward_backward(self.batch, reference, trainer._global_counts(self.batch))
+            return [parameter.main_grad.clone() for parameter in policy.parameters()]
+
+        policy.logprobs = partial(_megatron_logprobs, policy)
+        wanted = gradients()
+        del policy.logprobs
+        for size in (policy.logits_chunk_bytes, CHUNK_BYTES):
+            policy.logits_chunk_bytes = size
+            pairs = zip(gradients(), wanted, strict=True)
+            worst = max(float((own - other).norm() / other.norm()) for own, other in pairs)
+            assert worst < self.gradient_limit, f"tied, {size} bytes of logits: a gradient is {worst:.1e} away"
+
+
+def _no_logits(hidden: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("training made all logits")
+
+
+def _megatron_logprobs(policy: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`PolicyModel.logprobs` by megatron-core's column-parallel product and vocabulary-parallel loss."""
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    return -vocab_parallel_cross_entropy(policy.logits(hidden).unsqueeze(1), targets.unsqueeze(1)).squeeze(1)
+
 
 def main() -> None:
     folder, tp, pp, sequence_parallel, micro, samples, *precision = sys.argv[1:]
@@ -266,6 +317,8 @@ def main() -> None:
     check.step()
     check.micro_batches()
     check.unshared()
+    check.chunks()
+    check.tied()
     check.skips_non_finite()
     print(f"rank {check.world.rank}: passed", flush=True)
     world_module.stop()
