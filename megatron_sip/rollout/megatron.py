@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from megatron_sip.model.decode import DecodeStage
 from megatron_sip.model.policy import PolicyModel
@@ -19,6 +18,9 @@ from megatron_sip.types import TokenArray
 
 BOUNDARY_TOKENS = 16
 """Tokens of all rows between two questions whether to go on."""
+
+LOOK_TOKENS = 4
+"""Tokens of all rows between two looks whether every row has ended; up to so many less one are written for nothing."""
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -105,13 +107,14 @@ class MegatronEngine:
             tokens[:, step] = self._pick(logits, draws[:, step], sampling, len(draws)).masked_fill(ended, 0)
             if sampling.stop_at_eod:
                 ended |= tokens[:, step] == sampling.eod
-                all_ended = bool(ended.all())
+                # Looking makes the host wait for the device.
+                all_ended = step % LOOK_TOKENS == 0 and bool(ended.all())
         return _as_rollouts(tokens.cpu(), k, sampling)
 
     def _prefill(
         self, prefixes: Sequence[TokenArray], lengths: torch.Tensor, cache: PrefillCache
     ) -> torch.Tensor | None:
-        """Logits `[prefixes, vocab]` behind each prefix, on the last stage."""
+        """Logits `[prefixes, padded_vocab / tp]` behind each prefix, on the last stage."""
         width = _round_up(int(lengths.max()), self.multiple)
         ids = torch.zeros(len(prefixes), width, dtype=torch.int64)
         for row, prefix in enumerate(prefixes):
@@ -127,7 +130,7 @@ class MegatronEngine:
         cache: DecodeCache,
         stage: Callable[..., torch.Tensor],
     ) -> torch.Tensor | None:
-        """Logits `[rows, vocab]` behind one more token of every row, on the last stage."""
+        """Logits `[rows, padded_vocab / tp]` behind one more token of every row, on the last stage."""
         rows = len(tokens)
         width = _round_up(rows, self.multiple)
         ids = torch.nn.functional.pad(tokens, (0, width - rows))[None]
@@ -147,7 +150,7 @@ class MegatronEngine:
         batch: int,
         stage: Callable[..., torch.Tensor],
     ) -> torch.Tensor | None:
-        """Pass hidden states from stage to stage; full-vocabulary logits `[n, vocab]` on the last one."""
+        """Pass hidden states from stage to stage; this rank's logits `[n, padded_vocab / tp]` on the last one."""
         world, device = self.world, self.world.device
         if not world.first_stage:
             shape = (width // self.multiple, batch, self.policy.config.hidden_size)
@@ -159,23 +162,19 @@ class MegatronEngine:
         if not world.last_stage:
             dist.send(out.contiguous(), group=world.pp_group, group_dst=world.pp_rank + 1)
             return None
-        return gather_from_tensor_model_parallel_region(out, group=world.tp_group)[:, : self.policy.real_vocab_size]
+        return out
 
     def _pick(self, logits: torch.Tensor | None, draws: torch.Tensor, sampling: Sampling, rows: int) -> torch.Tensor:
-        """One token a row, `[rows]`, drawn on one rank and told to all of the model-parallel group.
-
-        Ranks that sampled for themselves could differ at a rounding, and a tensor-parallel group whose
-        ranks hold different tokens computes nonsense.
-        """
+        """One token a row, `[rows]`, drawn on the last stage and told to the others; the same on all ranks."""
         world = self.world
         picked = torch.empty(rows, dtype=torch.int64, device=world.device)
-        if logits is not None and world.tp_rank == 0:
-            logits = logits.float()
-            if not sampling.stop_at_eod:
-                logits[:, sampling.eod] = float("-inf")
-            picked = sample_tokens(logits, draws, sampling.temperature, sampling.top_p)
-        if world.tp_size * world.pp_size > 1:
-            dist.broadcast(picked, src=world.last_stage_rank - world.tp_rank, group=world.model_parallel_group)
+        if logits is not None:
+            column = sampling.eod - world.tp_rank * logits.shape[1]
+            if not sampling.stop_at_eod and 0 <= column < logits.shape[1]:
+                logits[:, column] = float("-inf")
+            picked = sample_tokens(logits, draws, sampling.temperature, sampling.top_p, world.tp_group)
+        if world.pp_size > 1:
+            dist.broadcast(picked, group=world.pp_group, group_src=world.pp_size - 1)
         return picked
 
 

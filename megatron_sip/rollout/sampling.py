@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 ROLLOUT_STREAM = 0x5109_0001
 """Keeps the rollouts' random numbers apart from those of cuts, orders and ties."""
+
+BLOCK = 128
+"""Columns of a block: its mass is summed first, and only one block a row is searched."""
 
 
 def uniforms(seed: int, sample_index: int, rollout: int, count: int) -> np.ndarray:
@@ -15,33 +20,125 @@ def uniforms(seed: int, sample_index: int, rollout: int, count: int) -> np.ndarr
     return np.random.Generator(generator).random(count)
 
 
-def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero everything outside the smallest set of likeliest tokens whose mass reaches `top_p`. `[rows, vocab]`."""
-    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p
-    return probabilities.masked_fill(outside.scatter(-1, index, outside), 0.0)
+def sample_tokens(
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Draw one token a row; all ranks of a group call it together and get the same tokens.
 
+    logits   [rows, columns] of this rank, -inf for what may not be drawn; its ids begin at rank x columns
+    uniform  [rows] float64 in [0, 1), the same on all ranks
+    group    the ranks that the vocabulary is spread over; None: all of it is here
+    returns  [rows] int64, ids of the whole vocabulary
 
-def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Draw one token a row.
-
-    logits   [rows, vocab], -inf for what may not be drawn
-    uniform  [rows] float64 in [0, 1)
-    returns  [rows] int64
-
-    The cumulative distribution runs in vocabulary order and in float64, so that the same weights give the
-    same tokens at every layout except where a draw lies at a boundary. `temperature = 0` takes the likeliest
-    token, the lowest id among equals.
+    The cumulative distribution runs in vocabulary order, with exponentials in float32 and their sums in float64, so
+    that the same weights give the same tokens at every layout except where a draw lies at a boundary.
+    `temperature = 0` takes the likeliest token, the lowest id among equals.
     """
+    if group is None or group.size() == 1:
+        return _sample(logits, uniform, temperature, top_p)
     if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+        return _likeliest_over_ranks(logits, group)
+    if top_p == 1.0:
+        return _sample_over_ranks(logits, uniform, temperature, group)
+    # The nucleus is known only to who sees the order of all tokens.
+    whole = _gathered(logits, group).transpose(0, 1).flatten(1)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if group.rank() == 0:
+        tokens = _sample(whole, uniform, temperature, top_p)
+    dist.broadcast(tokens, group=group, group_src=0)
+    return tokens
+
+
+def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    if temperature == 0.0:
+        return logits.argmax(dim=1)  # the first among equals
+    masses, _ = _masses(logits, temperature)
     if top_p < 1.0:
-        probabilities = _nucleus(probabilities, top_p)
-    cumulative = probabilities.cumsum(dim=-1)
-    # Scaling by the row's own total keeps a draw inside the distribution whatever its rounding; the last token
-    # with mass is the upper limit because behind it the cumulative sum stands still.
-    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last = (cumulative < cumulative[:, -1:]).sum(dim=-1)
-    return torch.minimum(drawn, last)
+        masses = _nucleus(masses, top_p)
+    ends = _block_ends(masses)
+    return _find(masses, ends, uniform * ends[:, -1])
+
+
+def _likeliest_over_ranks(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's own likeliest, and then the likeliest of these: a choice by what all have alike."""
+    value, column = logits.max(dim=1)  # the first among equals, here and below
+    ids = column + group.rank() * logits.shape[1]
+    values, ids = _gathered(torch.stack([value.double(), ids.double()]), group).unbind(1)
+    return ids.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0).long()
+
+
+def _sample_over_ranks(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Each rank sums its own columns; whose columns hold the draw follows from the sums, and that rank searches.
+
+    The ranks meet twice: for maxima and sums, and for the tokens. What was drawn is one rank's word for all.
+    """
+    masses, shift = _masses(logits, temperature)
+    own_ends = _block_ends(masses)
+    shifts, sums = _gathered(torch.stack([shift.double(), own_ends[:, -1]]), group).unbind(1)
+    scale = ((shifts - shifts.amax(dim=0)) / temperature).exp()
+    ends = (sums * scale).cumsum(dim=0).t()
+    target = uniform * ends[:, -1]
+    owner = _first_behind(ends, target)
+    rank = group.rank()
+    before = ends[:, rank - 1] if rank else 0.0
+    tokens = _find(masses, own_ends, (target - before) / scale[rank]) + rank * logits.shape[1]
+    tokens = torch.where(owner == rank, tokens, -1)
+    dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=group)
+    return tokens
+
+
+def _gathered(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`[ranks, ...]`, the tensors of all ranks."""
+    parts = own.new_empty(group.size() * len(own), *own.shape[1:])
+    dist.all_gather_into_tensor(parts, own.contiguous(), group=group)
+    return parts.unflatten(0, (group.size(), len(own)))
+
+
+def _masses(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities but for a factor, `exp((logits - shift) / temperature)` in float32, and the shift `[rows]`."""
+    # Not -inf where all columns are, since -inf less itself is not a number.
+    shift = logits.amax(dim=1).float().clamp(min=torch.finfo(torch.float32).min)
+    masses = logits - shift[:, None]
+    if temperature != 1.0:
+        masses.div_(temperature)
+    return masses.exp_(), shift
+
+
+def _nucleus(masses: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero everything outside the smallest set of likeliest tokens whose share reaches `top_p`. `[rows, vocab]`."""
+    ordered, index = masses.double().sort(dim=1, descending=True, stable=True)
+    ends = ordered.cumsum(dim=1)
+    outside = ends - ordered >= top_p * ends[:, -1:]
+    return masses.masked_fill(outside.scatter(1, index, outside), 0.0)
+
+
+def _block_ends(masses: torch.Tensor) -> torch.Tensor:
+    """`[rows, blocks]` float64: the mass up to the end of each block of `BLOCK` columns (the last may be shorter)."""
+    whole = masses.shape[1] // BLOCK * BLOCK
+    sums = masses[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2, dtype=torch.float64)
+    if whole < masses.shape[1]:
+        sums = torch.cat([sums, masses[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)], dim=1)
+    return sums.cumsum(dim=1)
+
+
+def _first_behind(ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The first of the intervals `[rows, n]` that ends behind the target `[rows]`; at most the last that has mass."""
+    found = (ends <= target[:, None]).sum(dim=1)
+    # The limit is for a target that rounding moved to the end; behind the last mass the ends stand still.
+    return torch.minimum(found, (ends < ends[:, -1:]).sum(dim=1))
+
+
+def _find(masses: torch.Tensor, ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The column `[rows]` in which the cumulative mass passes the target: the block first, then inside of it."""
+    block = _first_behind(ends, target)
+    before = F.pad(ends, (1, 0)).gather(1, block[:, None])
+    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=masses.device)
+    inside = masses.gather(1, columns.clamp(max=masses.shape[1] - 1)).double()
+    inside = inside.masked_fill_(columns >= masses.shape[1], 0.0).cumsum(dim=1)
+    return block * BLOCK + _first_behind(inside, target - before.squeeze(1))

@@ -190,6 +190,33 @@ class LayoutCheck:
         engine.bypasses = False  # megatron-core runs the layers
         self.same_samples(engine.generate(prefixes, self.indices, sampled).tokens, rollouts.tokens, sampled)
 
+    def spread_vocabulary(self) -> None:
+        """Tokens that TP ranks draw together are those of one rank with all columns, and the same on each."""
+        from megatron_sip.rollout.sampling import sample_tokens
+
+        rows, columns, rank = 600, 150, self.world.tp_rank
+        generator = torch.Generator().manual_seed(11)
+        whole = 3 * torch.randn(rows, columns * self.world.tp_size, generator=generator)
+        whole[:50, :columns] = -torch.inf  # no mass on the first rank
+        whole[50:100, -columns:] = -torch.inf  # nor on the last
+        whole[100:150] = whole[100:150].round()  # many equals
+        whole[150:200] *= 1000.0
+        draws = torch.rand(rows, generator=generator, dtype=torch.float64)
+        draws[::20], draws[1::20] = 0.0, 1 - 2.0**-53
+        own = whole[:, rank * columns : (rank + 1) * columns].to(self.world.device)
+        for temperature, top_p in ((1.0, 1.0), (0.4, 1.0), (0.0, 1.0), (1.0, 0.8)):
+            tokens = sample_tokens(own, draws.to(own.device), temperature, top_p, self.world.tp_group).cpu()
+            differing = tokens != sample_tokens(whole, draws, temperature, top_p)
+            if temperature:
+                steps = torch.softmax(whole.double() / temperature, dim=1).cumsum(1)
+                distance = (steps - draws[:, None]).abs().amin(1)[differing]
+                assert not distance.numel() or float(distance.max()) < 1e-6
+            assert int(differing.sum()) <= (1 if temperature else 0)
+            least, most = tokens.clone(), tokens.clone()
+            dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.world.control_group)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.world.control_group)
+            assert torch.equal(least, most)
+
     def same_samples(self, tokens: torch.Tensor, wanted: torch.Tensor, sampling: Sampling) -> None:
         """Equal to those of one process, except where a first difference lies at a boundary (architecture.md)."""
         differing = [place for place in np.ndindex(*tokens.shape[:2]) if not torch.equal(tokens[place], wanted[place])]
@@ -312,6 +339,7 @@ def main() -> None:
     check = LayoutCheck(Path(folder), int(tp), int(pp), sequence_parallel == "1", int(micro), bf16)
     if not bf16:  # in bf16 a greedy choice may fall on either side of a near tie
         check.rollouts(Path(samples))
+        check.spread_vocabulary()
     # Behind the rollouts, as in a real step: what they leave behind must not disturb training.
     check.logprobs()
     check.step()
