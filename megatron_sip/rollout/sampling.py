@@ -34,8 +34,9 @@ def sample_tokens(
     group    the ranks that the vocabulary is spread over; None: all of it is here
     returns  [rows] int64, ids of the whole vocabulary
 
-    The cumulative distribution runs in vocabulary order, with exponentials in float32 and their sums in float64, so
-    that the same weights give the same tokens at every layout except where a draw lies at a boundary.
+    The cumulative distribution runs in vocabulary order. Probabilities are float32 and their sums beyond a block
+    float64, which moves a boundary by less than 1e-6, so that the same weights give the same tokens at every layout
+    except where a draw lies at a boundary.
     `temperature = 0` takes the likeliest token, the lowest id among equals.
     """
     if group is None or group.size() == 1:
@@ -56,18 +57,18 @@ def sample_tokens(
 def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     if temperature == 0.0:
         return logits.argmax(dim=1)  # the first among equals
-    masses, _ = _masses(logits, temperature)
-    if top_p < 1.0:
-        masses = _nucleus(masses, top_p)
-    ends = _block_ends(masses)
-    return _find(masses, ends, uniform * ends[:, -1])
+    masses = _softmax(logits, temperature)
+    blocks = _blocks(masses if top_p == 1.0 else _nucleus(masses, top_p))
+    ends = _ends(blocks)
+    return _find(blocks, ends, uniform * ends[:, -1])
 
 
 def _likeliest_over_ranks(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Every rank's own likeliest, and then the likeliest of these: a choice by what all have alike."""
-    value, column = logits.max(dim=1)  # the first among equals, here and below
-    ids = column + group.rank() * logits.shape[1]
-    values, ids = _gathered(torch.stack([value.double(), ids.double()]), group).unbind(1)
+    own = logits.argmax(dim=1)  # the first among equals, here and below
+    value = logits.gather(1, own[:, None]).squeeze(1).double()
+    ids = (own + group.rank() * logits.shape[1]).double()
+    values, ids = _gathered(torch.stack([value, ids]), group).unbind(1)
     return ids.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0).long()
 
 
@@ -78,16 +79,19 @@ def _sample_over_ranks(
 
     The ranks meet twice: for maxima and sums, and for the tokens. What was drawn is one rank's word for all.
     """
-    masses, shift = _masses(logits, temperature)
-    own_ends = _block_ends(masses)
-    shifts, sums = _gathered(torch.stack([shift.double(), own_ends[:, -1]]), group).unbind(1)
-    scale = ((shifts - shifts.amax(dim=0)) / temperature).exp()
-    ends = (sums * scale).cumsum(dim=0).t()
+    masses, rank = _softmax(logits, temperature), group.rank()
+    blocks = _blocks(masses)
+    own_ends = _ends(blocks)
+    # The likeliest token has 1 / (sum of exp((logits - their maximum) / temperature)) of the mass of this rank.
+    highest = logits.amax(dim=1).double()
+    own_sum = torch.where(highest.isneginf(), 0.0, 1.0 / masses.amax(dim=1).double())
+    highests, sums = _gathered(torch.stack([highest, own_sum]), group).unbind(1)
+    sums = sums * ((highests - highests.amax(dim=0)) / temperature).exp()
+    ends = sums.cumsum(dim=0).t()
     target = uniform * ends[:, -1]
     owner = _first_behind(ends, target)
-    rank = group.rank()
-    before = ends[:, rank - 1] if rank else 0.0
-    tokens = _find(masses, own_ends, (target - before) / scale[rank]) + rank * logits.shape[1]
+    share = (target - (ends[:, rank - 1] if rank else 0.0)) / sums[rank]
+    tokens = _find(blocks, own_ends, share * own_ends[:, -1]) + rank * logits.shape[1]
     tokens = torch.where(owner == rank, tokens, -1)
     dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=group)
     return tokens
@@ -100,14 +104,11 @@ def _gathered(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return parts.unflatten(0, (group.size(), len(own)))
 
 
-def _masses(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities but for a factor, `exp((logits - shift) / temperature)` in float32, and the shift `[rows]`."""
-    # Not -inf where all columns are, since -inf less itself is not a number.
-    shift = logits.amax(dim=1).float().clamp(min=torch.finfo(torch.float32).min)
-    masses = logits - shift[:, None]
+def _softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`[rows, columns]` float32; not numbers in a row without any mass."""
     if temperature != 1.0:
-        masses.div_(temperature)
-    return masses.exp_(), shift
+        logits = logits.float() / temperature
+    return torch.softmax(logits, dim=1, dtype=torch.float32)
 
 
 def _nucleus(masses: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -118,27 +119,28 @@ def _nucleus(masses: torch.Tensor, top_p: float) -> torch.Tensor:
     return masses.masked_fill(outside.scatter(1, index, outside), 0.0)
 
 
-def _block_ends(masses: torch.Tensor) -> torch.Tensor:
-    """`[rows, blocks]` float64: the mass up to the end of each block of `BLOCK` columns (the last may be shorter)."""
-    whole = masses.shape[1] // BLOCK * BLOCK
-    sums = masses[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2, dtype=torch.float64)
-    if whole < masses.shape[1]:
-        sums = torch.cat([sums, masses[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)], dim=1)
-    return sums.cumsum(dim=1)
+def _blocks(masses: torch.Tensor) -> torch.Tensor:
+    """`[rows, blocks, BLOCK]`, with columns of zeros behind the last one where the blocks do not fit."""
+    missing = -masses.shape[1] % BLOCK
+    return (F.pad(masses, (0, missing)) if missing else masses).unflatten(1, (-1, BLOCK))
+
+
+def _ends(blocks: torch.Tensor) -> torch.Tensor:
+    """`[rows, blocks]` float64: the mass up to the end of each block."""
+    return blocks.sum(dim=2).double().cumsum(dim=1)
 
 
 def _first_behind(ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The first of the intervals `[rows, n]` that ends behind the target `[rows]`; at most the last that has mass."""
-    found = (ends <= target[:, None]).sum(dim=1)
+    found = torch.searchsorted(ends, target[:, None], right=True).squeeze(1)
     # The limit is for a target that rounding moved to the end; behind the last mass the ends stand still.
     return torch.minimum(found, (ends < ends[:, -1:]).sum(dim=1))
 
 
-def _find(masses: torch.Tensor, ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _find(blocks: torch.Tensor, ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The column `[rows]` in which the cumulative mass passes the target: the block first, then inside of it."""
     block = _first_behind(ends, target)
-    before = F.pad(ends, (1, 0)).gather(1, block[:, None])
-    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=masses.device)
-    inside = masses.gather(1, columns.clamp(max=masses.shape[1] - 1)).double()
-    inside = inside.masked_fill_(columns >= masses.shape[1], 0.0).cumsum(dim=1)
-    return block * BLOCK + _first_behind(inside, target - before.squeeze(1))
+    row = torch.arange(len(block), device=block.device)
+    before = torch.where(block > 0, ends[row, block - 1], 0.0)
+    inside = blocks[row, block].double().cumsum(dim=1)
+    return block * BLOCK + _first_behind(inside, target - before)
