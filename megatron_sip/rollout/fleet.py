@@ -8,26 +8,33 @@ under doubt is thrown away and asked for again; the same seeds ask the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
 from megatron_sip.errors import ServiceError
 from megatron_sip.rollout.engine import Sampling
+from megatron_sip.rollout.label import is_proven, loaded_by
 from megatron_sip.rollout.proof import FolderChecksums, Weights
-from megatron_sip.rollout.requests import Ask, request_body, rows_of
+from megatron_sip.rollout.requests import Ask
 from megatron_sip.rollout.server import PushTimes, RolloutServer, UnusableError, Wanted
-from megatron_sip.services.background import BackgroundLoop
+from megatron_sip.rollout.writing import Rows, Writers, write
+from megatron_sip.services.background import BackgroundLoop, cancel_others
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.endpoint import ClientSettings
-from megatron_sip.types import Missing
 
 PAUSE_SECONDS = 2.0
 """Between two looks at servers of which none can be used."""
 FRUITLESS_ROUNDS = 3
 """Rounds in a row that bring no answer, though a server says that it is well, before the run is ended."""
 
-Rows = list[tuple[int, ...]]
+Hear = Callable[[Mapping[int, Rows]], None]
+"""Gets the rows of requests, by their place in the batch of requests; called in the fleet's own thread."""
+
+logger = logging.getLogger(__name__)
 
 
 class RolloutFleet:
@@ -43,23 +50,26 @@ class RolloutFleet:
         self._writers: tuple[tuple[str, ...], ServiceClient] | None = None
         self._loop: BackgroundLoop | None = None
         self._pushed_once = False
+        self._sender = uuid.uuid4().hex[:8]
+        self._attempts = 0
         self.behind: dict[str, str] = {}
         """Servers that lack the weights that were pushed last, by URL, and why."""
         self.waits_for: str | None = None
         """What the rollouts wait for; None while nothing. Safe to read from any thread."""
 
-    def start(self) -> None:
-        """Connect to all servers and check that each can write this policy's rollouts.
+    def submit_start(self, thoroughly: bool = True) -> Future[None]:
+        """Connect to all servers and check that each can write this policy's rollouts, see `RolloutServer.start`.
 
-        Raises:
-            ServiceError: one cannot; the message says why and how to mend it.
+        The future raises ServiceError where one cannot; the message says why and how to mend it.
         """
         self._loop = BackgroundLoop("sip-rollouts")
-        self._loop.submit(self._start()).result()  # each call in it has a deadline
+        return self._loop.submit(self._start(thoroughly))
 
-    async def _start(self) -> None:
-        for server in self._servers:
-            await server.start()
+    async def _start(self, thoroughly: bool) -> None:
+        outcomes = await asyncio.gather(*(server.start(thoroughly) for server in self._servers), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
         models = {server.model for server in self._servers}
         if len(models) > 1:
             raise ServiceError(
@@ -74,34 +84,45 @@ class RolloutFleet:
         """
         return self._running().submit(self._push(weights))
 
-    def submit_rollouts(self, asks: Sequence[Ask], sampling: Sampling, weights: Weights) -> Future[list[Rows]]:
-        """The continuations of each request, written with these weights, which were pushed, and no others."""
-        return self._running().submit(self._rollouts(asks, sampling, weights))
+    def submit_rollouts(
+        self, asks: Sequence[Ask], sampling: Sampling, weights: Weights, hear: Hear = lambda _rows: None
+    ) -> Future[list[Rows]]:
+        """The continuations of each request, written with these weights, which were pushed, and no others.
+
+        `hear` gets those of each request once, as soon as this is known of them.
+        """
+        return self._running().submit(self._rollouts(asks, sampling, weights, hear))
 
     def close(self) -> None:
         """Cancel what is under way and close all connections. A second call does nothing."""
         loop, self._loop = self._loop, None
-        if loop is not None:
-            try:
-                loop.submit(self._close()).result(timeout=10)
-            finally:
-                loop.close()
+        if loop is None:
+            return
+        try:
+            loop.submit(self._close()).result(timeout=10)
+        except TimeoutError:
+            logger.warning("the connections to rollout servers did not close within 10 s; they end with the process")
+        finally:
+            loop.close()
 
     def _running(self) -> BackgroundLoop:
         if self._loop is None:
-            raise RuntimeError("RolloutFleet.start comes first")
+            raise RuntimeError("RolloutFleet.submit_start comes first")
         return self._loop
 
     async def _close(self) -> None:
-        clients = [server.client for server in self._servers]
-        for client in [*clients, *([self._writers[1]] if self._writers else [])]:
-            await client.close()
+        # First end the calls, then their connections: a call must not find its connections gone.
+        await cancel_others()
+        for server in self._servers:
+            await server.close()
+        if self._writers is not None:
+            await self._writers[1].close()
 
     async def _push(self, weights: Weights) -> PushTimes:
         self.behind = {}
         try:
             while True:
-                times = await self._send(weights)
+                times = await self._send(weights, may_wait=self._pushed_once)
                 if times is not None:
                     self._pushed_once = True
                     return times
@@ -109,15 +130,17 @@ class RolloutFleet:
         finally:
             self.waits_for = None
 
-    async def _send(self, weights: Weights) -> PushTimes | None:
+    async def _send(self, weights: Weights, may_wait: bool) -> PushTimes | None:
         """Push to all servers at once; None where none took the weights, and some are only away.
 
         Raises:
-            ServiceError: none of them took the weights, and waiting would not help.
+            ServiceError: none of them took the weights, and waiting would not help (or may not be done).
         """
         checksums = FolderChecksums(weights.folder)
+        self._attempts += 1
+        attempt = f"{self._sender}.{self._attempts}"
         outcomes = await asyncio.gather(
-            *(server.push(weights, checksums) for server in self._servers), return_exceptions=True
+            *(server.push(weights, checksums, attempt) for server in self._servers), return_exceptions=True
         )
         times, faults = [], {}
         for server, outcome in zip(self._servers, outcomes, strict=True):
@@ -132,83 +155,78 @@ class RolloutFleet:
         if times:
             return PushTimes(max(one.load for one in times), max(one.proof for one in times))
         told = "; ".join(f"{url}: {error}" for url, error in faults.items())
-        if not self._pushed_once or not any(error.passing for error in faults.values()):
+        if not may_wait or not any(error.passing for error in faults.values()):
             raise ServiceError(f"no server of --rollout-url can be used. {told}")
         self.waits_for = f"no server of --rollout-url takes the new weights ({told})"
         return None
 
-    async def _rollouts(self, asks: Sequence[Ask], sampling: Sampling, weights: Weights) -> list[Rows]:
+    async def _rollouts(self, asks: Sequence[Ask], sampling: Sampling, weights: Weights, hear: Hear) -> list[Rows]:
         rows: dict[int, Rows] = {}
-        version, fruitless = weights.version, 0
+        at_work: dict[str, float] = {}
+        fruitless = 0
         try:
             while True:
-                holders = await self._holders(version)
+                labels = await self._labels()
+                holders = {
+                    server: label for server, label in labels.items() if label and is_proven(label, weights.version)
+                }
                 fault = "none has the weights of this step"
                 if holders:
-                    open_asks = [number for number in range(len(asks)) if number not in rows]
-                    found, fault = await self._ask(holders, [asks[number] for number in open_asks], sampling, version)
-                    rows |= {open_asks[place]: own for place, own in found.items()}
-                    if await self._holders(version, holders) != holders:
-                        rows, fault = {}, "a server lost its weights while it wrote"
-                    elif len(rows) == len(asks):
+                    open_asks = {number: ask for number, ask in enumerate(asks) if number not in rows}
+                    writers = await self._writers_of(holders, weights.version)
+                    done = await write(writers, open_asks, sampling, hear)
+                    rows |= done.rows
+                    if len(rows) == len(asks):
                         return [rows[number] for number in range(len(asks))]
-                    fruitless = 0 if found else fruitless + 1
+                    fault, fruitless = done.fault, 0 if done.rows else fruitless + 1
                     if fruitless == FRUITLESS_ROUNDS:
                         raise ServiceError(f"the servers of --rollout-url write no rollouts: {fault}")
                 self.waits_for = f"no server of --rollout-url writes rollouts ({fault})"
                 await asyncio.sleep(PAUSE_SECONDS)
-                if not await self._holders(version):
-                    # A leader that is done would not do it for the others; the same weights twice do no harm.
-                    await self._send(weights)
+                await self._restore(weights, at_work)
         finally:
             self.waits_for = None
 
-    async def _holders(self, version: str, among: Sequence[RolloutServer] | None = None) -> list[RolloutServer]:
-        """The servers that hold the weights of this name."""
+    async def _restore(self, weights: Weights, at_work: dict[str, float]) -> None:
+        """Send the weights again where no server holds them and no other leader is at it.
 
-        async def holds(server: RolloutServer) -> bool:
-            try:
-                return await server.has(version)
-            except UnusableError:
-                return False
-
-        asked = self._servers if among is None else among
-        held = await asyncio.gather(*(holds(server) for server in asked))
-        return [server for server, holding in zip(asked, held, strict=True) if holding]
-
-    async def _ask(
-        self, holders: Sequence[RolloutServer], asks: Sequence[Ask], sampling: Sampling, version: str
-    ) -> tuple[dict[int, Rows], str]:
-        """The rows of the requests that were answered, by their place in `asks`; and what became of the others.
-
-        Raises:
-            ServiceError: a request that a server refuses, and will refuse again.
+        A leader that is done would not do it for the others; and of two that send at once, each would undo what the
+        other has proven. `at_work` keeps since when labels of other senders were seen: one that stands for longer than
+        a call may take was left behind.
         """
-        client = await self._client_of(holders)
-        model = holders[0].model
-        answers = await asyncio.gather(
-            *(client.post("/completions", request_body(ask, sampling, model, version)) for ask in asks)
-        )
-        found, fault = {}, ""
-        for place, (ask, answer) in enumerate(zip(asks, answers, strict=True)):
-            if isinstance(answer, Missing):
-                if answer.detail.startswith("4") and not answer.detail.startswith(("408", "409", "425", "429")):
-                    raise ServiceError(f"the server of --rollout-url refuses to write rollouts: {answer.detail}")
-                fault = answer.detail
-                continue
-            own = rows_of(answer, ask, sampling, self._vocab_size)
-            if isinstance(own, str):
-                fault = f"an answer is of no use: {own}"
-            else:
-                found[place] = own
-        return found, fault
+        labels = [label for label in (await self._labels()).values() if label is not None]
+        if any(is_proven(label, weights.version) for label in labels):
+            return
+        now, patience = time.monotonic(), self._settings.timeout
+        foreign = [label for label in labels if loaded_by(label, weights.version) not in (None, self._sender)]
+        if not any(now - at_work.setdefault(label, now) < patience for label in foreign):
+            await self._send(weights, may_wait=True)
 
-    async def _client_of(self, holders: Sequence[RolloutServer]) -> ServiceClient:
-        """The client over exactly these servers, with their common queue, retries and failover."""
+    async def _labels(self, of: Sequence[RolloutServer] | None = None) -> dict[RolloutServer, str | None]:
+        """What each server's weights are called; None of one that does not answer."""
+
+        async def label(server: RolloutServer) -> str | None:
+            try:
+                return await server.label()
+            except UnusableError:
+                return None
+
+        asked = self._servers if of is None else of
+        return dict(zip(asked, await asyncio.gather(*map(label, asked)), strict=True))
+
+    async def _writers_of(self, holders: Mapping[RolloutServer, str], version: str) -> Writers:
+        """Exactly these servers behind one client, with their common queue, retries and failover."""
         urls = tuple(server.url for server in holders)
         if self._writers is None or self._writers[0] != urls:
             if self._writers is not None:
                 await self._writers[1].close()
-            self._writers = urls, ServiceClient(replace(self._settings, urls=urls), self._environ)
+            # As many calls at each server, however many there are.
+            concurrency = len(urls) * self._settings.concurrency
+            settings = replace(self._settings, urls=urls, concurrency=concurrency)
+            self._writers = urls, ServiceClient(settings, self._environ)
             await self._writers[1].open()
-        return self._writers[1]
+
+        async def hold_still() -> bool:
+            return await self._labels(list(holders)) == holders
+
+        return Writers(self._writers[1], next(iter(holders)).model, version, self._vocab_size, hold_still)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_sip.rollout.engine import Sampling
@@ -94,7 +94,7 @@ def rows_of(answer: Mapping[str, Any], ask: Ask, sampling: Sampling, vocab_size:
     choices = answer.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         return "it holds no choices"
-    by_index = {choice.get("index"): choice for choice in choices}
+    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
     if len(choices) != ask.count or set(by_index) != set(range(ask.count)):
         return f"it holds {len(choices)} continuations where {ask.count} were asked for"
     rows = []
@@ -125,10 +125,17 @@ def _fault(tokens: Sequence[int], sampling: Sampling, vocab_size: int) -> str | 
     return None
 
 
-def probe_body(tokens: Sequence[int], model: str) -> dict[str, Any]:
+def halves_of(ask: Ask) -> tuple[Ask, Ask]:
+    """The same rollouts, by the same seeds, in two requests."""
+    half = ask.count // 2
+    later = replace(ask, first=ask.first + half, count=ask.count - half, seed=ask.seed + half)
+    return replace(ask, count=half), later
+
+
+def probe_body(tokens: Sequence[int], model: str, salt: str) -> dict[str, Any]:
     """The body for the log-probabilities of a text; vLLM computes them past its prefix cache."""
     body = {"model": model, "prompt": list(tokens), "add_special_tokens": False, "max_tokens": 1, "temperature": 0.0}
-    return {**body, "prompt_logprobs": 0}
+    return {**body, "prompt_logprobs": 0, "cache_salt": salt}
 
 
 def probe_logprobs(answer: Mapping[str, Any], tokens: Sequence[int]) -> tuple[float, ...] | str:
@@ -136,6 +143,6 @@ def probe_logprobs(answer: Mapping[str, Any], tokens: Sequence[int]) -> tuple[fl
     try:
         said = answer["choices"][0]["prompt_logprobs"]
         found = tuple(float(said[place][str(token)]["logprob"]) for place, token in enumerate(tokens) if place > 0)
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         return "it holds no log-probabilities of the prompt's tokens"
     return found if len(said) == len(tokens) else "it speaks of another number of tokens"

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_sip.checkpoint.hf_config import model_config_from_hf, model_differ
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.errors import CheckpointError, ServiceError
 from megatron_sip.rollout.address import require_private
+from megatron_sip.rollout.label import failed_label, loading_label, proven_label
 from megatron_sip.rollout.proof import (
     FLOAT32_TOLERANCE,
     TOLERANCE,
@@ -37,6 +39,8 @@ from megatron_sip.types import Missing, MissingReason
 CACHE_RESETS = 5
 """A reset of the prefix cache fails while a request still holds blocks of it, which passes."""
 RESET_PAUSE_SECONDS = 0.5
+NAMING_SECONDS = 5.0
+"""The last word of a push goes out once and soon: no server starts anew so fast that it could take it for another."""
 _HOW_TO_START = "start it with VLLM_SERVER_DEV_MODE=1 (tools/serve_vllm.py --rollouts)"
 
 
@@ -72,7 +76,9 @@ class RolloutServer:
 
     def __init__(self, settings: ClientSettings, url: str, wanted: Wanted, environ: Mapping[str, str] | None) -> None:
         self.url = url
-        self.client = ServiceClient(replace(settings, urls=(url,)), environ)
+        own = replace(settings, urls=(url,))
+        self.client = ServiceClient(own, environ)
+        self._once = ServiceClient(replace(own, retries=0, timeout=min(own.timeout, NAMING_SECONDS)), environ)
         self._wanted = wanted
         self._model = settings.model or ""
         self._before: tuple[Probe, tuple[float, ...]] | None = None
@@ -82,8 +88,10 @@ class RolloutServer:
         """The name of the served model, after `start`."""
         return self._model
 
-    async def start(self) -> None:
+    async def start(self, thoroughly: bool = True) -> None:
         """Find out whether the server can write this policy's rollouts.
+
+        thoroughly  compare its model with the policy's, for which it hashes all of its weights: enough for one leader
 
         Raises:
             ServiceError: it cannot, and why.
@@ -91,6 +99,7 @@ class RolloutServer:
         if not self._wanted.allow_public:
             await asyncio.to_thread(require_private, self.url)
         await self.client.open()
+        await self._once.open()
         info = await self.client.check()
         self._model = info.model
         if info.max_model_len is not None and info.max_model_len < self._wanted.seq_length:
@@ -99,8 +108,9 @@ class RolloutServer:
                 f"--seq-length; start it with --max-model-len {self._wanted.seq_length} or more"
             )
         try:
-            await self._version()
-            await self._require_same_model(info.root)
+            await self.label()
+            if thoroughly:
+                await self._require_same_model(info.root)
         except UnusableError as error:
             raise ServiceError(f"{self.url}: {error}") from error
 
@@ -134,32 +144,54 @@ class RolloutServer:
             raise UnusableError(f"it does not tell its vocabulary ({answer.detail}); it must be vLLM")
         return [] if int(told[1]) == size else [f"its vocabulary has {told[1]} tokens, the policy's {size}"]
 
-    async def push(self, weights: Weights, checksums: FolderChecksums) -> PushTimes:
-        """Let the server load the weights, prove it, and give them their name there.
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.client.close()
+        await self._once.close()
+
+    async def push(self, weights: Weights, checksums: FolderChecksums, attempt: str) -> PushTimes:
+        """Let the server load the weights, prove it, and give them their label there.
+
+        Its old label is taken away first: a reload that fails in the middle leaves weights that are nobody's. The
+        label of the attempt is looked at again behind the proof, so that a server which was started anew meanwhile, or
+        was sent others, does not get a name for what it no longer has.
 
         Raises:
             UnusableError: it does not have them; nothing that it writes may be used.
         """
         began = time.monotonic()
-        await self._reload(weights)
-        await self._empty_cache()
-        loaded = time.monotonic()
-        await self._prove(weights, checksums)
-        await self._answer(self.client.post("/update_weight_version", {"new_version": weights.version}, at_root=True))
+        loading = loading_label(weights.version, attempt)
+        await self._set_label(self.client, loading)
+        try:
+            await self._reload(weights)
+            await self._empty_cache()
+            loaded = time.monotonic()
+            await self._prove(weights, checksums)
+            if await self.label() != loading:
+                raise UnusableError("it was started anew, or sent other weights, while it was proven", passing=True)
+            await self._set_label(self._once, proven_label(weights.version, attempt))
+        except UnusableError:
+            await self._give_up(loading, failed_label(weights.version, attempt))
+            raise
         return PushTimes(loaded - began, time.monotonic() - loaded)
 
-    async def has(self, version: str) -> bool:
-        """Whether the weights of this name were proven there and are there still: a server that was restarted, or
-        got those of another run, has another name.
+    async def _give_up(self, loading: str, failed: str) -> None:
+        """Tell other leaders, if the server hears it, that nobody is at it any more."""
+        with suppress(UnusableError):  # the push failed for a reason of its own, which is told
+            if await self.label() == loading:
+                await self._set_label(self._once, failed)
+
+    async def label(self) -> str:
+        """What its weights are called, see `label.py`; something else where nobody called them anything.
 
         Raises:
             UnusableError: it does not answer.
         """
-        return await self._version() == version
-
-    async def _version(self) -> str:
         answer = await self._answer(self.client.get("/weight_info", at_root=True))
         return str(answer.get("weight_version"))
+
+    async def _set_label(self, client: ServiceClient, label: str) -> None:
+        await self._answer(client.post("/update_weight_version", {"new_version": label}, at_root=True))
 
     async def _reload(self, weights: Weights) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
@@ -174,19 +206,20 @@ class RolloutServer:
             )
 
     async def _empty_cache(self) -> None:
-        """Drop keys and values of the old weights; a reload does not."""
+        """Drop keys and values of the old weights, those in a store beside the server too; a reload does not."""
         for attempt in range(CACHE_RESETS):
             if attempt:
                 await asyncio.sleep(RESET_PAUSE_SECONDS)
-            answer = await self._answer(self.client.post("/reset_prefix_cache", {}, at_root=True))
+            answer = await self._answer(self.client.post("/reset_prefix_cache?reset_external=true", {}, at_root=True))
             if answer.get("success") is True:
                 return
         raise UnusableError("its prefix cache could not be emptied, since requests of somebody hold it", passing=True)
 
     async def _prove(self, weights: Weights, checksums: FolderChecksums) -> None:
         dtypes = await self._compare(checksums) if self._wanted.checksums else frozenset()
-        probe, text = weights.probe, probe_body(weights.probe.tokens, self._model)
-        served = probe_logprobs(await self._answer(self.client.post("/completions", text)), probe.tokens)
+        probe, text = weights.probe, probe_body(weights.probe.tokens, self._model, weights.version)
+        answer = await self._answer(self.client.post("/completions", text), development=False)
+        served = probe_logprobs(answer, probe.tokens)
         if isinstance(served, str):
             raise UnusableError(f"the answer to the probe is of no use: {served}")
         exact = weights.in_float32 and dtypes == {torch.float32}
@@ -219,18 +252,18 @@ class RolloutServer:
         shown = answer.get("checksums")
         if not isinstance(shown, dict):
             raise UnusableError("it shows no checksums of its weights; say --rollout-proof logprobs")
-        return shown
+        return {str(place): str(digest) for place, digest in shown.items()}
 
-    async def _answer(self, call: Any) -> dict[str, Any]:
-        """What a route answers.
+    async def _answer(self, call: Awaitable[dict[str, Any] | Missing], *, development: bool = True) -> dict[str, Any]:
+        """What a route answers; `development` ones are there in development mode only.
 
         Raises:
             UnusableError: the call failed; how to mend it where the route is not there.
         """
-        answer: dict[str, Any] | Missing = await call
+        answer = await call
         if not isinstance(answer, Missing):
             return answer
-        if answer.reason is MissingReason.HTTP_STATUS and answer.detail.startswith("404"):
+        if development and answer.reason is MissingReason.HTTP_STATUS and answer.detail.startswith("404"):
             raise UnusableError(f"it has no development endpoints ({answer.detail}); {_HOW_TO_START}")
         raise UnusableError(f"it does not answer as it should ({answer.detail})", passing=_is_away(answer))
 

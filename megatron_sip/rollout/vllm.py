@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,16 +24,17 @@ from megatron_sip.checkpoint.hf import export_hf
 from megatron_sip.config.groups import Config
 from megatron_sip.model.build import first_layer
 from megatron_sip.model.policy import PolicyModel
-from megatron_sip.parallel.leader import Leader
+from megatron_sip.parallel.leader import Leader, StopRequestedError
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.address import client_settings
 from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
-from megatron_sip.rollout.fleet import RolloutFleet, Rows
+from megatron_sip.rollout.fleet import RolloutFleet
 from megatron_sip.rollout.probe import policy_logprobs
 from megatron_sip.rollout.proof import Probe, Weights
 from megatron_sip.rollout.requests import Ask, plan_asks
 from megatron_sip.rollout.server import Wanted
 from megatron_sip.rollout.weights_folder import WeightsFolder
+from megatron_sip.rollout.writing import Rows
 from megatron_sip.types import TokenArray
 
 T = TypeVar("T")
@@ -68,15 +70,17 @@ class VllmEngine:
         self._fleet: RolloutFleet | None = None
         self._folder: WeightsFolder | None = None
         try:
-            leader.together(self._connect)
+            with suppress(StopRequestedError):  # the loop over the steps hears of it before the first rollouts
+                self._wait(leader.together(self._connect))
         except BaseException:
             self.close()
             raise
 
-    def _connect(self) -> None:
+    def _connect(self) -> Future[None] | None:
+        """On leaders, the look at all servers, which has begun."""
         world, rollout = self.world, self.config.rollout
         if not world.is_leader:
-            return
+            return None
         wanted = Wanted(
             model=self.config.model,
             seq_length=self.config.data.seq_length,
@@ -87,7 +91,8 @@ class VllmEngine:
         if world.is_main:
             self._folder = WeightsFolder(rollout.rollout_weights_dir)
         self._fleet = RolloutFleet(client_settings(rollout), wanted)
-        self._fleet.start()
+        # They hash all of their weights for a thorough one, so one leader asks for it.
+        return self._fleet.submit_start(thoroughly=world.is_main)
 
     def generate(
         self,

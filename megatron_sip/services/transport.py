@@ -18,6 +18,7 @@ BODY_LIMIT = 1_000_000
 RETRY_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 REFUSALS = frozenset({401, 403, 404, 405, 407, 501})
 DETAIL_LIMIT = 300
+TOO_LARGE = f"a body of more than {BODY_LIMIT} bytes"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ async def _read(response: aiohttp.ClientResponse, hide: Callable[[str], str]) ->
     raw = await _read_body(response)
     if raw is None:
         response.close()  # the rest of the body is not read, so the connection cannot be kept
-        return _failure(MissingReason.MALFORMED, f"a body of more than {BODY_LIMIT} bytes", response.status)
+        return _failure(MissingReason.MALFORMED, TOO_LARGE, response.status)
     parsed = _parse(raw)
     if response.status == 200:
         if isinstance(parsed, dict):

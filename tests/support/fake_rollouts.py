@@ -10,13 +10,13 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from aiohttp import web
-from fake_server import FakeServer, respond
+from fake_server import FakeServer, respond, status
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,8 +56,10 @@ def logprobs_of(model: LlamaForCausalLM, tokens: list[int]) -> list[float]:
 class FakeRolloutServer(FakeServer):
     """A server whose own folder is `folder`, where `restart` goes back to, and which it tells with `root`.
 
-    `ignores_reloads` answers well and keeps its weights; `forgets_some` loads all but the embedding; `twist` is done to
-    every continuation; `reloads` are the folders it was told to load, `checksums` the embedding's after each.
+    `ignores_reloads` answers well and keeps its weights; `forgets_some` loads all but the embedding; the next reloads
+    answer the statuses of `breaks_reloads`, and load as little. `twist` is done to every continuation, for which
+    `pause` may wait by its prompt. `reloads` are the folders it was told to load, `checksums` the embedding's after
+    each. `on_route` is called by the path of a request before its answer, `queries` are paths with their queries.
     """
 
     def __init__(self, folder: Path, *, development: bool = True, root: bool = False, **options: Any) -> None:
@@ -68,10 +70,14 @@ class FakeRolloutServer(FakeServer):
             self.models_handler = respond({"object": "list", "data": [entry]})
         self.development = development
         self.ignores_reloads = self.forgets_some = False
+        self.breaks_reloads: list[int] = []
         self.cache_resets = 0
         self.cache_is_held = 0
         self.twist: Callable[[list[int]], list[int]] = lambda tokens: tokens
+        self.pause: Callable[[list[int]], Awaitable[None]] | None = None
         self.after_completion: Callable[[], None] = lambda: None
+        self.on_route: dict[str, Callable[[], None]] = {}
+        self.queries: list[str] = []
         self.reloads: list[Path] = []
         self.checksums: list[str] = []
         self.restart()
@@ -89,23 +95,33 @@ class FakeRolloutServer(FakeServer):
             app.router.add_post("/weight_checker", self._scripted(self._check))
             app.router.add_post("/update_weight_version", self._scripted(self._name))
 
-    async def _weight_info(self, _request: web.Request) -> web.StreamResponse:
+    def _before(self, request: web.Request) -> None:
+        self.queries.append(request.path_qs)
+        self.on_route.get(request.path, lambda: None)()
+
+    async def _weight_info(self, request: web.Request) -> web.StreamResponse:
+        self._before(request)
         return web.json_response({"weight_version": self.version})
 
     async def _reload(self, request: web.Request) -> web.StreamResponse:
+        self._before(request)
         body = await request.json()
         assert body["method"] == "reload_weights"
         path = Path(body["kwargs"]["weights_path"])
         self.reloads.append(path)
         if not self.ignores_reloads:
             tensors = load_file(path / "model.safetensors")
-            if self.forgets_some:
+            half = self.forgets_some or bool(self.breaks_reloads)
+            if half:
                 del tensors["model.embed_tokens.weight"]
-            self.model.load_state_dict(tensors, strict=not self.forgets_some)
+            self.model.load_state_dict(tensors, strict=not half)
+        if self.breaks_reloads:
+            return await status(self.breaks_reloads.pop(0))(request)
         self.checksums.append(self._shown()["dp0:pp0:pcp0:tp0:model.embed_tokens.weight"])
         return web.json_response({"results": [None]})
 
-    async def _reset(self, _request: web.Request) -> web.StreamResponse:
+    async def _reset(self, request: web.Request) -> web.StreamResponse:
+        self._before(request)
         self.cache_resets += 1
         self.cache_is_held -= 1
         return web.json_response({"success": self.cache_is_held < 0})
@@ -127,10 +143,12 @@ class FakeRolloutServer(FakeServer):
         return shown
 
     async def _name(self, request: web.Request) -> web.StreamResponse:
+        self._before(request)
         self.version = (await request.json())["new_version"]
         return web.json_response({"success": True, "new_version": self.version})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
+        self._before(request)
         body = await request.json()
         prompt = body["prompt"]
         vocab_size = self.model.config.vocab_size
@@ -144,6 +162,8 @@ class FakeRolloutServer(FakeServer):
                 for token, value in zip(prompt[1:], logprobs_of(self.model, prompt), strict=True)
             ]
             return web.json_response({"choices": [{"index": 0, "text": "", "prompt_logprobs": rows}]})
+        if self.pause is not None:
+            await self.pause(prompt)
         choices = []
         for index in range(body.get("n", 1)):
             tokens = self.twist(written_by(self.model, prompt, body, body.get("seed", 0) + index))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_rollouts import FakeRolloutServer, changed, logprobs_of, make_llama, written_by
-from fake_server import respond, status
+from fake_server import status
 from transformers import LlamaForCausalLM
 
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
@@ -22,10 +22,12 @@ from megatron_sip.errors import ServiceError
 from megatron_sip.rollout import fleet as fleet_module
 from megatron_sip.rollout.address import client_settings
 from megatron_sip.rollout.engine import Sampling
-from megatron_sip.rollout.fleet import RolloutFleet, Rows
+from megatron_sip.rollout.fleet import RolloutFleet
+from megatron_sip.rollout.label import is_proven
 from megatron_sip.rollout.proof import Probe, Weights
 from megatron_sip.rollout.requests import plan_asks
 from megatron_sip.rollout.server import Wanted
+from megatron_sip.rollout.writing import Rows
 
 SAMPLING = Sampling(num_rollouts=3, max_new_tokens=4, temperature=1.0, top_p=1.0, eod=0, stop_at_eod=False, seed=5)
 ASKS = plan_asks([np.arange(3, 9), np.arange(20, 24)], [0, 1], SAMPLING)
@@ -54,14 +56,14 @@ def weights(folder: Path, version: str) -> Weights:
 
 @contextmanager
 def fleet_of(folder: Path, *servers: FakeRolloutServer, **wanted: Any) -> Iterator[RolloutFleet]:
-    """A fleet over these servers, started."""
-    settings = client_settings(
-        RolloutConfig(rollout_url=tuple(one.url for one in servers), rollout_timeout=5.0, rollout_retries=0)
-    )
+    """A fleet over these servers, started; `retries`, `concurrency` and `thoroughly` may be given too."""
+    own = {"rollout_retries": wanted.pop("retries", 0), "rollout_concurrency": wanted.pop("concurrency", 64)}
+    thoroughly = wanted.pop("thoroughly", True)
+    settings = client_settings(RolloutConfig(rollout_url=tuple(one.url for one in servers), rollout_timeout=5.0, **own))
     model = model_config_from_hf(folder)
     fleet = RolloutFleet(settings, replace(Wanted(model, 100, True, None, False), **wanted), {})
     try:
-        fleet.start()
+        fleet.submit_start(thoroughly).result(30)
         yield fleet
     finally:
         fleet.close()
@@ -82,7 +84,8 @@ def test_rollouts_are_by_the_weights_of_the_last_push(folders: tuple[Path, Path,
             now = weights(folder, version)
             fleet.submit_push(now).result(30)
             assert fleet.behind == {}
-            assert (one.reloads[-1], two.version) == (folder, version)
+            assert one.reloads[-1] == folder
+            assert is_proven(two.version, version)
             rows = fleet.submit_rollouts(ASKS, SAMPLING, now).result(30)
             assert rows == rows_by(folder)
             assert rows == fleet.submit_rollouts(ASKS, SAMPLING, now).result(30), "the same seeds ask the same"
@@ -145,7 +148,8 @@ def test_what_a_restarted_server_wrote_is_thrown_away(folders: tuple[Path, Path,
         one.after_completion = lambda: restarts.pop()() if restarts else None
         rows = fleet.submit_rollouts(ASKS, SAMPLING, now).result(30)
         assert rows == rows_by(first)
-        assert (len(one.reloads), one.version) == (2, "run-1"), "it got the weights again"
+        assert is_proven(one.version, "run-1")
+        assert len(one.reloads) == 2, "it got the weights again"
 
 
 def test_it_waits_for_a_server_that_is_away_and_says_so(folders: tuple[Path, Path, Path]) -> None:
@@ -159,7 +163,7 @@ def test_it_waits_for_a_server_that_is_away_and_says_so(folders: tuple[Path, Pat
         assert "takes the new weights" in str(fleet.waits_for)
         with FakeRolloutServer(start, port=port) as again:
             future.result(30)
-            assert again.version == "run-2"
+            assert is_proven(again.version, "run-2")
             assert fleet.waits_for is None
         with pytest.raises(ServiceError, match="cannot connect to"), fleet_of(start, one):
             pass
@@ -210,7 +214,7 @@ def test_a_passing_fault_costs_one_question_more(folders: tuple[Path, Path, Path
 def test_a_reload_that_fails_names_the_folder_and_the_way_out(folders: tuple[Path, Path, Path]) -> None:
     start, first, _ = folders
     with FakeRolloutServer(start) as one, fleet_of(start, one) as fleet:
-        one.script.append(respond({"error": {"message": "No such file"}}, 500))
+        one.breaks_reloads = [500]
         with pytest.raises(ServiceError, match="could not load the weights") as error:
             fleet.submit_push(weights(first, "run-1")).result(30)
         assert all(part in str(error.value) for part in ("--rollout-weights-dir", str(first), "is started anew"))
