@@ -58,7 +58,8 @@ class RolloutEngine(Protocol):
         """Continue each prefix `sampling.num_rollouts` times.
 
         Called by all ranks of a model-parallel group with the same arguments; all get the same result. `on_wave` hears
-        of each prefix once, as soon as all its rollouts are there, while those of others may still be written.
+        of each prefix once, in any order: on the leader as soon as all its rollouts are there, while those of others
+        may still be written, and perhaps from another thread, one call at a time; elsewhere before this returns.
         The randomness of a row depends on (seed, sample index, rollout, position) alone.
         """
         ...

@@ -11,17 +11,19 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_sip.checkpoint.agree import from_main
 from megatron_sip.checkpoint.hf import export_hf
 from megatron_sip.config.groups import Config
+from megatron_sip.errors import CheckpointError
 from megatron_sip.model.build import first_layer
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.leader import Leader, StopRequestedError
@@ -33,6 +35,7 @@ from megatron_sip.rollout.probe import policy_logprobs
 from megatron_sip.rollout.proof import Probe, Weights
 from megatron_sip.rollout.requests import Ask, plan_asks
 from megatron_sip.rollout.server import Wanted
+from megatron_sip.rollout.waves import Waves, packed_rows, unpacked
 from megatron_sip.rollout.weights_folder import WeightsFolder
 from megatron_sip.rollout.writing import Rows
 from megatron_sip.types import TokenArray
@@ -40,7 +43,7 @@ from megatron_sip.types import TokenArray
 T = TypeVar("T")
 
 PROBE_TOKENS = 64
-"""Of the first prefix of the run; every push is proven on the same ones."""
+"""Of the first prefixes of the run; every push is proven on the same ones."""
 
 
 class VllmEngine:
@@ -101,7 +104,7 @@ class VllmEngine:
         sampling: Sampling,
         on_wave: OnWave = lambda _first, _rollouts: None,
     ) -> Rollouts:
-        """See `RolloutEngine.generate`; all prefixes are one wave.
+        """See `RolloutEngine.generate`.
 
         With a live server the same request need not give the same tokens: what it computes together depends on what
         arrives together.
@@ -115,23 +118,26 @@ class VllmEngine:
         weights, probe_seconds = self._push(prefixes)
         pushed = time.perf_counter()
         asks = plan_asks(prefixes, sample_indices, sampling)
-        rows = self._wait(self._fleet.submit_rollouts(asks, sampling, weights) if self._fleet else None)
+        waves = Waves(asks, sampling, on_wave)
+        rows = self._wait(self._fleet.submit_rollouts(asks, sampling, weights, waves.hear) if self._fleet else None)
         wrote = time.perf_counter() - pushed
         rollouts = self._to_all(asks, rows, len(prefixes), sampling)
+        if not self._fleet:
+            on_wave(0, rollouts)
         metrics = {"time/rollout_write": (wrote, 1.0), "rollout/tokens_per_second": (written_tokens(rows), wrote)}
         if self.world.is_main:
             metrics["time/rollout_push"] = (pushed - began - probe_seconds, 1.0)
             metrics["time/rollout_probe"] = (probe_seconds, 1.0)
             metrics["rollout/servers_behind"] = (float(len(self._told)), 1.0)
-        on_wave(0, rollouts)
         return replace(rollouts, metrics=metrics)
 
     def close(self) -> None:
-        """End the connections and remove the weights that were sent."""
-        if self._fleet:
-            self._fleet.close()
-        if self._folder:
-            self._folder.close()
+        """End the connections and remove the weights that were sent, whichever of both fails."""
+        with ExitStack() as closing:
+            if self._folder:
+                closing.callback(self._folder.close)
+            if self._fleet:
+                closing.callback(self._fleet.close)
 
     def _version(self) -> str:
         """The name of the weights that were pushed last; no other run has it."""
@@ -161,23 +167,34 @@ class VllmEngine:
         if world.dp_rank != 0:
             return None, 0.0
         began = time.perf_counter()
-        self._probe_tokens = self._probe_tokens or tuple(prefixes[0][:PROBE_TOKENS].tolist())
+        longest = min(PROBE_TOKENS, self.config.data.seq_length - 1)
+        self._probe_tokens = self._probe_tokens or probe_text(prefixes, longest)
         logprobs = policy_logprobs(self.policy, world, self._probe_tokens)
         seconds = time.perf_counter() - began
         folder = self._folder.next(self._version()) if self._folder else Path()
-        export_hf(
-            folder,
-            dict(self.policy.named_parameters()),
-            self.config.model,
-            group=world.model_parallel_group,
-            tp_rank=world.tp_rank,
-            first_layer=first_layer(self.policy),
-            durable=False,
-        )
+        self._export(folder)
         if not world.is_main:
             return None, seconds
         in_float32 = next(self.policy.parameters()).dtype == torch.float32
         return Weights(self._version(), folder, Probe(self._probe_tokens, logprobs), in_float32), seconds
+
+    def _export(self, folder: Path) -> None:
+        """Write the weights; the ranks of one replica together."""
+        try:
+            export_hf(
+                folder,
+                dict(self.policy.named_parameters()),
+                self.config.model,
+                group=self.world.model_parallel_group,
+                tp_rank=self.world.tp_rank,
+                first_layer=first_layer(self.policy),
+                durable=False,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the weights for the rollout servers cannot be written ({error}); with --rollout-weights-dir name a "
+                "folder that has room for them twice"
+            ) from error
 
     def _wait(self, future: Future[T] | None) -> T | None:
         """The future's result where there is one; all ranks wait together, and leave nothing running on a stop."""
@@ -201,20 +218,18 @@ class VllmEngine:
 
     def _to_all(self, asks: Sequence[Ask], rows: list[Rows] | None, prefixes: int, sampling: Sampling) -> Rollouts:
         """The leader's rows on all ranks of its group, as one tensor: a row's tokens and, last, its length."""
-        count = sampling.max_new_tokens
-        packed = torch.zeros(prefixes, sampling.num_rollouts, count + 1, dtype=torch.int64)
-        for ask, own in zip(asks, rows or [], strict=rows is not None):
-            for offset, row in enumerate(own):
-                # A greedy row stands for all.
-                place = slice(ask.first + offset, ask.first + offset + 1) if sampling.temperature > 0 else slice(None)
-                packed[ask.place, place, : len(row)] = torch.tensor(row)
-                packed[ask.place, place, count] = len(row)
+        packed = packed_rows(asks, rows or [[] for _ in asks], 0, prefixes, sampling)
         world = self.world
         if world.tp_size * world.pp_size > 1:
             packed = packed.to(world.device)
             dist.broadcast(packed, src=world.leader_rank, group=world.model_parallel_group)
             packed = packed.cpu()
-        return Rollouts(packed[..., :count].contiguous(), packed[..., count].contiguous())
+        return unpacked(packed)
+
+
+def probe_text(prefixes: Sequence[TokenArray], longest: int) -> tuple[int, ...]:
+    """`longest` tokens for the probe: those of the prefixes, over and over where there are fewer."""
+    return tuple(np.resize(np.concatenate(prefixes), longest).tolist())
 
 
 def written_tokens(rows: Sequence[Rows] | None) -> float:

@@ -49,7 +49,7 @@ class PreferenceServices:
     """Everything that scores or rewrites text, with its own background loop.
 
     Constructing checks settings only (ConfigError); `start` talks to the servers. All methods are called from one
-    thread; the futures they return are filled by the background thread. Only judges of weight above 0 exist.
+    thread at a time; the futures they return are filled by the background thread. Only judges of weight above 0 exist.
     """
 
     def __init__(self, config: Config, environ: Mapping[str, str] | None = None) -> None:

@@ -184,7 +184,7 @@ class PreferenceMaker:
             StopRequestedError: a rank was asked to stop, and the step is not finished; on all ranks alike.
         """
         started = time.perf_counter()
-        waves: list[Future[Scored]] = []
+        waves: dict[int, Future[Scored]] = {}
         with self.boundaries.stage("rollout", iteration + 1, (cuts[0].sample_index, cuts[-1].sample_index)):
             self.prefetch(cuts, iteration)
             rewrites, spared = self._rewrites.pop(iteration, None), self._spared.pop(iteration, Counter())
@@ -193,12 +193,13 @@ class PreferenceMaker:
             if rollouts is None:
                 ask(0, None)
         self._writing_seconds += time.perf_counter() - started
-        scored = None if self.services is None else self.services.all_of(waves)
+        # The waves may have come in any order.
+        scored = None if self.services is None else self.services.all_of([waves[first] for first in sorted(waves)])
         return BegunBatch(cuts, iteration, rollouts, rewrites, scored, spared)
 
     def _ask(
         self,
-        waves: list[Future[Scored]],
+        waves: dict[int, Future[Scored]],
         cuts: Sequence[Cut],
         iteration: int,
         rewrites: Future[Rewrites] | None,
@@ -217,7 +218,7 @@ class PreferenceMaker:
             pools, absent = make_pools(self.config, self.tokenizer, wave, rollouts, own)
             return PoolScoring(self.config, judges, iteration, pools, absent)
 
-        waves.append(self.services.submit_rounds(begin, rewrites, spared))
+        waves[first] = self.services.submit_rounds(begin, rewrites, spared)
 
     def finish(self, batch: BegunBatch) -> Preferences:
         """The pairs of a batch; what is waited for is waited for by all ranks together.

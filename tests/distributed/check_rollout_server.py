@@ -98,7 +98,11 @@ class Check:
 
     def greedy(self, sampling: Sampling) -> tuple[Rollouts, int]:
         mine = self.own.generate(self.prefixes, self.indices, sampling)
-        served = self.server.generate(self.prefixes, self.indices, sampling)
+        waves: list[tuple[int, Rollouts]] = []
+        served = self.server.generate(self.prefixes, self.indices, sampling, lambda *wave: waves.append(wave))
+        waves.sort(key=lambda wave: wave[0])
+        assert torch.equal(torch.cat([wave.tokens for _, wave in waves]), served.tokens)
+        assert torch.equal(torch.cat([wave.lengths for _, wave in waves]), served.lengths)
         assert torch.equal(served.lengths, mine.lengths)
         assert torch.equal(served.tokens[:, 0], served.tokens[:, 1])
         if self.world.is_main:

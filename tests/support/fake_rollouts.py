@@ -58,8 +58,9 @@ class FakeRolloutServer(FakeServer):
 
     `ignores_reloads` answers well and keeps its weights; `forgets_some` loads all but the embedding; the next reloads
     answer the statuses of `breaks_reloads`, and load as little. `twist` is done to every continuation, for which
-    `pause` may wait by its prompt. `reloads` are the folders it was told to load, `checksums` the embedding's after
-    each. `on_route` is called by the path of a request before its answer, `queries` are paths with their queries.
+    `pause` may wait by its prompt, and which comes with `text`. `reloads` are the folders it was told to load,
+    `checksums` the embedding's after each. `on_route` is called by the path of a request before its answer, `queries`
+    are paths with their queries.
     """
 
     def __init__(self, folder: Path, *, development: bool = True, root: bool = False, **options: Any) -> None:
@@ -74,6 +75,7 @@ class FakeRolloutServer(FakeServer):
         self.cache_resets = 0
         self.cache_is_held = 0
         self.twist: Callable[[list[int]], list[int]] = lambda tokens: tokens
+        self.text = ""
         self.pause: Callable[[list[int]], Awaitable[None]] | None = None
         self.after_completion: Callable[[], None] = lambda: None
         self.on_route: dict[str, Callable[[], None]] = {}
@@ -168,7 +170,7 @@ class FakeRolloutServer(FakeServer):
         for index in range(body.get("n", 1)):
             tokens = self.twist(written_by(self.model, prompt, body, body.get("seed", 0) + index))
             finish = "length" if len(tokens) == body["max_tokens"] else "stop"
-            choice = {"index": index, "text": "", "token_ids": tokens, "prompt_token_ids": prompt}
+            choice = {"index": index, "text": self.text, "token_ids": tokens, "prompt_token_ids": prompt}
             choices.append({**choice, "finish_reason": finish})
         self.after_completion()
         return web.json_response({"choices": choices[::-1]})  # their order is nobody's promise

@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from fake_rollouts import FakeRolloutServer
+from rollout_fleets import ASKS, SAMPLING, fleet_of, rows_by, until, weights
 from safetensors.torch import load_file
-from test_rollout_fleet import ASKS, SAMPLING, _until, fleet_of, folders, rows_by, short_pauses, weights
 
 from megatron_sip.errors import ServiceError
 from megatron_sip.rollout import writing
 from megatron_sip.rollout.label import failed_label, is_proven, loaded_by, loading_label, proven_label
-
-__all__ = ["folders", "short_pauses"]
 
 Folders = tuple[Path, Path, Path]
 
@@ -113,7 +111,7 @@ def test_a_leader_that_sent_nothing_waits_for_a_server_too(folders: Folders) -> 
         port = one.port
         one.close()
         future = other.submit_rollouts(ASKS, SAMPLING, now)
-        _until(lambda: "takes the new weights" in str(other.waits_for), future)
+        until(lambda: "takes the new weights" in str(other.waits_for), future)
         with FakeRolloutServer(start, port=port):
             assert future.result(30) == rows_by(first)
 
