@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ class FolderChecksums:
 
     folder: Path
     _known: dict[tuple[str, int, int, torch.dtype], str] = field(default_factory=dict)
+    _alone: threading.Lock = field(default_factory=threading.Lock)
 
     def compare(self, shown: Mapping[str, str]) -> Seen:
         """Compare with the answer of vLLM's /weight_checker: SHA-256 by `dp0:pp0:pcp0:tp0:model.norm.weight`.
@@ -75,7 +77,8 @@ class FolderChecksums:
         found = [(int(match[1]), match[2], digest) for match, digest in places if match]
         tp_size = 1 + max((rank for rank, _, _ in found), default=0)
         same, other, dtypes = 0, [], set()
-        with SafetensorsFolder(self.folder) as source:
+        # One server after the other: an embedding is large, and in two types and padded larger still.
+        with self._alone, SafetensorsFolder(self.folder) as source:
             for rank, name, digest in found:
                 if not _COMPARED.fullmatch(name) or digest == _EMPTY or name not in source.names:
                     continue

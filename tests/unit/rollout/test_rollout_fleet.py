@@ -2,78 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from fake_rollouts import FakeRolloutServer, changed, logprobs_of, make_llama, written_by
-from fake_server import status
-from transformers import LlamaForCausalLM
+from aiohttp import web
+from fake_rollouts import FakeRolloutServer
+from fake_server import hang, status
+from rollout_fleets import ASKS, SAMPLING, fleet_of, rows_by, until, weights
 
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
-from megatron_sip.config.groups import RolloutConfig
 from megatron_sip.errors import ServiceError
-from megatron_sip.rollout import fleet as fleet_module
-from megatron_sip.rollout.address import client_settings
-from megatron_sip.rollout.engine import Sampling
-from megatron_sip.rollout.fleet import RolloutFleet
 from megatron_sip.rollout.label import is_proven
-from megatron_sip.rollout.proof import Probe, Weights
-from megatron_sip.rollout.requests import plan_asks
-from megatron_sip.rollout.server import Wanted
-from megatron_sip.rollout.writing import Rows
-
-SAMPLING = Sampling(num_rollouts=3, max_new_tokens=4, temperature=1.0, top_p=1.0, eod=0, stop_at_eod=False, seed=5)
-ASKS = plan_asks([np.arange(3, 9), np.arange(20, 24)], [0, 1], SAMPLING)
-PROBE = list(range(3, 19))
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "PAUSE_SECONDS", 0.05)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """The weights a server starts with, those of the first push, and those of the second."""
-    root = tmp_path_factory.mktemp("weights")
-    start = make_llama(root / "start", num_hidden_layers=2)
-    first = changed(start, root / "first", 1e-2)
-    return start, first, changed(first, root / "second", 1e-6)
-
-
-def weights(folder: Path, version: str) -> Weights:
-    """As the policy would say of a folder that it exported."""
-    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
-    return Weights(version, folder, Probe(tuple(PROBE), tuple(logprobs_of(model, PROBE))), in_float32=True)
-
-
-@contextmanager
-def fleet_of(folder: Path, *servers: FakeRolloutServer, **wanted: Any) -> Iterator[RolloutFleet]:
-    """A fleet over these servers, started; `retries`, `concurrency` and `thoroughly` may be given too."""
-    own = {"rollout_retries": wanted.pop("retries", 0), "rollout_concurrency": wanted.pop("concurrency", 64)}
-    thoroughly = wanted.pop("thoroughly", True)
-    settings = client_settings(RolloutConfig(rollout_url=tuple(one.url for one in servers), rollout_timeout=5.0, **own))
-    model = model_config_from_hf(folder)
-    fleet = RolloutFleet(settings, replace(Wanted(model, 100, True, None, False), **wanted), {})
-    try:
-        fleet.submit_start(thoroughly).result(30)
-        yield fleet
-    finally:
-        fleet.close()
-
-
-def rows_by(folder: Path) -> list[Rows]:
-    """What a server writes with these weights."""
-    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
-    body = {"max_tokens": 4, "temperature": 1.0, "logit_bias": {"0": -100.0}}
-    return [[tuple(written_by(model, list(ask.prefix), body, ask.seed + k)) for k in range(3)] for ask in ASKS]
 
 
 def test_rollouts_are_by_the_weights_of_the_last_push(folders: tuple[Path, Path, Path]) -> None:
@@ -159,7 +101,7 @@ def test_it_waits_for_a_server_that_is_away_and_says_so(folders: tuple[Path, Pat
         port = one.port
         one.close()
         future = fleet.submit_push(weights(second, "run-2"))
-        _until(lambda: fleet.waits_for is not None, future)
+        until(lambda: fleet.waits_for is not None, future)
         assert "takes the new weights" in str(fleet.waits_for)
         with FakeRolloutServer(start, port=port) as again:
             future.result(30)
@@ -167,14 +109,6 @@ def test_it_waits_for_a_server_that_is_away_and_says_so(folders: tuple[Path, Pat
             assert fleet.waits_for is None
         with pytest.raises(ServiceError, match="cannot connect to"), fleet_of(start, one):
             pass
-
-
-def _until(condition: Any, future: Future[Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert not future.done(), future.result()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -244,3 +178,65 @@ def test_a_server_that_cannot_write_for_this_policy_is_refused_at_the_start(
         assert why in str(error.value)
         assert one.url in str(error.value)
         assert not one.reloads
+
+
+def test_each_server_gets_as_many_calls_as_are_asked_for(folders: tuple[Path, Path, Path]) -> None:
+    start, first, _ = folders
+    asks = [replace(ASKS[0], seed=number, count=1) for number in range(16)]
+
+    async def pause(_prompt: list[int]) -> None:
+        await asyncio.sleep(0.2)
+
+    one, two = FakeRolloutServer(start), FakeRolloutServer(start)
+    with one, two, fleet_of(start, one, two, concurrency=4) as fleet:
+        now = weights(first, "run-1")
+        fleet.submit_push(now).result(30)
+        one.most_in_flight = two.most_in_flight = 0
+        one.pause = two.pause = pause
+        fleet.submit_rollouts(asks, SAMPLING, now).result(30)
+    assert (one.most_in_flight, two.most_in_flight) == (4, 4)
+
+
+def test_servers_hash_their_weights_for_one_leader_only(folders: tuple[Path, Path, Path]) -> None:
+    with FakeRolloutServer(folders[0]) as one, fleet_of(folders[0], one, thoroughly=False):
+        assert "/weight_checker" not in [path for path, _ in one.requests]
+        assert "/weight_info" in one.queries
+
+
+def test_an_answer_that_is_too_long_is_asked_for_in_halves(folders: tuple[Path, Path, Path]) -> None:
+    """Its tokens have long texts, which come along."""
+    start, first, _ = folders
+    with FakeRolloutServer(start) as one, fleet_of(start, one) as fleet:
+        now = weights(first, "run-1")
+        fleet.submit_push(now).result(30)
+        one.text = "-" * 400_000
+        assert fleet.submit_rollouts(ASKS, SAMPLING, now).result(30) == rows_by(first)
+        asked = [body["n"] for _, body in one.requests if "n" in body]
+        assert sorted(asked) == [1, 1, 2, 2, 3, 3]
+        one.text = "-" * 1_000_000
+        with pytest.raises(ServiceError, match="a body of more than 1000000 bytes"):
+            fleet.submit_rollouts(ASKS, SAMPLING, now).result(30)
+
+
+def test_a_model_that_is_gone_is_told_as_such(folders: tuple[Path, Path, Path]) -> None:
+    start, first, _ = folders
+    with FakeRolloutServer(start) as one, fleet_of(start, one) as fleet:
+
+        def gone() -> None:
+            raise web.HTTPNotFound(text='{"error": {"message": "The model does not exist."}}')
+
+        one.on_route["/v1/completions"] = gone
+        with pytest.raises(ServiceError, match=r"as it should \(404: The model does not exist"):
+            fleet.submit_push(weights(first, "run-1")).result(30)
+
+
+def test_closing_ends_what_is_under_way(folders: tuple[Path, Path, Path]) -> None:
+    start, first, _ = folders
+    with FakeRolloutServer(start) as one, fleet_of(start, one) as fleet:
+        now = weights(first, "run-1")
+        fleet.submit_push(now).result(30)
+        one.fault_every_time = hang
+        future = fleet.submit_rollouts(ASKS, SAMPLING, now)
+        until(lambda: one.in_flight == len(ASKS), future)
+        fleet.close()
+        assert future.cancelled()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_sip.rollout.engine import Sampling
-from megatron_sip.rollout.requests import plan_asks, prefix_seed, probe_logprobs, request_body, rows_of
+from megatron_sip.rollout.requests import halves_of, plan_asks, prefix_seed, probe_logprobs, request_body, rows_of
 
 SAMPLING = Sampling(num_rollouts=3, max_new_tokens=4, temperature=0.7, top_p=0.9, eod=0, stop_at_eod=False, seed=11)
 PREFIX = np.array([5, 6, 7])
@@ -48,6 +48,13 @@ def test_many_long_rollouts_are_asked_for_in_parts_with_the_same_seeds() -> None
     assert [k for ask in parts for k in range(ask.first, ask.first + ask.count)] == list(range(64))
 
 
+def test_the_halves_of_a_request_are_the_same_rollouts() -> None:
+    first, second = halves_of(replace(ASK, first=2, count=5, seed=9))
+    assert (first.first, first.count, first.seed) == (2, 2, 9)
+    assert (second.first, second.count, second.seed) == (4, 3, 11)
+    assert first.prefix == second.prefix == ASK.prefix
+
+
 def test_a_greedy_rollout_is_asked_for_once() -> None:
     (ask,) = plan_asks([PREFIX], [40], replace(SAMPLING, temperature=0.0))
     assert ask.count == 1
@@ -78,6 +85,8 @@ def test_rows_come_in_the_order_of_their_index() -> None:
         (choice(1, [1, 2, 3, 4], token_ids=None), "no token ids"),
         (choice(1, [1, 2, 3, 4], prompt_token_ids=[1, 5, 6, 7]), "prompt's own token ids"),
         (choice(2, [1, 2, 3, 4]), "3 continuations where 3"),
+        ({**choice(1, [1, 2, 3, 4]), "index": [1]}, "3 continuations where 3"),
+        ({**choice(1, [1, 2, 3, 4]), "index": True}, "3 continuations where 3"),
         (None, "2 continuations where 3"),
         ("no object", "no choices"),
     ],
@@ -102,4 +111,6 @@ def test_log_probabilities_of_a_probe() -> None:
     assert probe_logprobs({"choices": [{"prompt_logprobs": rows}]}, [5, 6, 7]) == (-1.5, -2.0)
     for bad in ({}, {"choices": []}, {"choices": [{"prompt_logprobs": rows[:2]}]}):
         assert isinstance(probe_logprobs(bad, [5, 6, 7]), str)
+    huge = [None, {"6": {"logprob": -(10**400)}}, rows[2]]
+    assert isinstance(probe_logprobs({"choices": [{"prompt_logprobs": huge}]}, [5, 6, 7]), str)
     assert isinstance(probe_logprobs({"choices": [{"prompt_logprobs": [*rows, rows[2]]}]}, [5, 6, 7]), str)
