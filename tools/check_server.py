@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.config.groups import JudgeConfig
 from megatron_sip.errors import SipError
-from megatron_sip.services.build import judge_settings
 from megatron_sip.services.client import ServerInfo, ServiceClient
+from megatron_sip.services.settings import judge_settings
 
 
 def build_parser() -> argparse.ArgumentParser:

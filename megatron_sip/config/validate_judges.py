@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.config.judge_set import CHAT_KINDS, KINDS, SAFETY_KINDS, JudgeSettings, resolve_judges
 from megatron_sip.errors import ConfigError
-from megatron_sip.services.build import client_settings
 from megatron_sip.services.endpoint import parse_endpoints
+from megatron_sip.services.settings import client_settings
 
 _WEIGHTS = ", ".join(f"--{kind}-weight" for kind in KINDS[:-1]) + f" or --{KINDS[-1]}-weight"
 

@@ -8,8 +8,9 @@ from megatron_sip.config.groups import Config
 from megatron_sip.config.validate_judges import judge_problems, judge_set_problems
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.select import needs_scores
-from megatron_sip.services.build import REWRITING_OBJECTIVES, needs_rewriter, rewriter_settings
+from megatron_sip.services.build import REWRITING_OBJECTIVES, needs_rewriter
 from megatron_sip.services.endpoint import ClientSettings, parse_endpoints
+from megatron_sip.services.settings import rewriter_settings
 
 
 def preference_problems(config: Config) -> list[str]:

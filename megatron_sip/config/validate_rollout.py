@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from megatron_sip.config.fields import flag_of
 from megatron_sip.config.groups import Config, RolloutConfig
 from megatron_sip.errors import ConfigError
-from megatron_sip.rollout.address import all_local, client_settings, public_addresses
+from megatron_sip.rollout.address import all_local, public_addresses
 from megatron_sip.services.endpoint import parse_endpoints
+from megatron_sip.services.settings import rollout_settings
 
 _OF_SERVERS = (
     *("rollout_url", "rollout_model", "rollout_weights_dir", "rollout_proof", "rollout_tolerance"),
@@ -41,7 +42,7 @@ def rollout_problems(config: Config) -> Iterator[str]:
             "server plans its own, so leave it out"
         )
     try:
-        parse_endpoints(client_settings(rollout))
+        parse_endpoints(rollout_settings(rollout))
     except ConfigError as error:
         yield str(error)
         return

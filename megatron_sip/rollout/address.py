@@ -11,31 +11,13 @@ import socket
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from megatron_sip.config.groups import RolloutConfig
 from megatron_sip.errors import ServiceError
-from megatron_sip.services.endpoint import ClientSettings, is_loopback
+from megatron_sip.services.endpoint import is_loopback
 
 _PUBLIC = (
     "is at a public address, and whoever reaches the development endpoints of a vLLM server can run code there; "
     "use a private network, or say --allow-insecure-rollout where a firewall keeps strangers away"
 )
-
-
-def client_settings(rollout: RolloutConfig) -> ClientSettings:
-    """How all rollout servers are reached. A failed call is a `Missing`: what comes of it is decided in `fleet.py`."""
-    return ClientSettings(
-        urls=rollout.rollout_url,
-        model=rollout.rollout_model,
-        key_variables=("ROLLOUT_API_KEY",),
-        concurrency=rollout.rollout_concurrency,
-        timeout=rollout.rollout_timeout,
-        retries=rollout.rollout_retries,
-        allow_insecure=rollout.allow_insecure_rollout,
-        on_outage="skip",
-        url_flag="--rollout-url",
-        model_flag="--rollout-model",
-        insecure_flag="--allow-insecure-rollout",
-    )
 
 
 def all_local(urls: tuple[str, ...]) -> bool:

@@ -28,7 +28,6 @@ from megatron_sip.model.build import first_layer
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.leader import Leader, StopRequestedError
 from megatron_sip.parallel.world import World
-from megatron_sip.rollout.address import client_settings
 from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
 from megatron_sip.rollout.fleet import RolloutFleet
 from megatron_sip.rollout.probe import policy_logprobs
@@ -38,6 +37,7 @@ from megatron_sip.rollout.server import Wanted
 from megatron_sip.rollout.waves import Waves, packed_rows, unpacked
 from megatron_sip.rollout.weights_folder import WeightsFolder
 from megatron_sip.rollout.writing import Rows
+from megatron_sip.services.settings import rollout_settings
 from megatron_sip.types import TokenArray
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class VllmEngine:
         )
         if world.is_main:
             self._folder = WeightsFolder(rollout.rollout_weights_dir)
-        self._fleet = RolloutFleet(client_settings(rollout), wanted)
+        self._fleet = RolloutFleet(rollout_settings(rollout), wanted)
         # They hash all of their weights for a thorough one, so one leader asks for it.
         return self._fleet.submit_start(thoroughly=world.is_main)
 

@@ -1,4 +1,4 @@
-"""Which judges and rewriter a configuration asks for, and how their servers are reached."""
+"""Which judges and rewriter a configuration asks for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from megatron_sip.config.groups import Config, JudgeConfig, PreferenceConfig
-from megatron_sip.config.judge_set import CHAT_KINDS, SAFETY_KINDS, JudgeSettings, active_judges, on_hosts_of
+from megatron_sip.config.judge_set import CHAT_KINDS, SAFETY_KINDS, JudgeSettings, active_judges
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec
 from megatron_sip.services.client import ServiceClient
@@ -16,6 +16,7 @@ from megatron_sip.services.judges import FactualityJudge, Judge, QualityJudge, R
 from megatron_sip.services.likelihood import LikelihoodJudge
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.reward import RewardJudge, RewardReading
+from megatron_sip.services.settings import client_settings
 from megatron_sip.services.toxicity import ClassifierJudge, ToxicityModel, load_profanity_check, load_toxic_bilstm
 
 REWRITING_OBJECTIVES = ("sft-rewrite", "dpo-rewrite-over-rollout")
@@ -55,38 +56,6 @@ def needs_rewriter(config: Config) -> bool:
     )
 
 
-def judge_settings(judge: JudgeConfig) -> ClientSettings:
-    """The judge's client settings."""
-    return ClientSettings(
-        urls=judge.judge_url,
-        model=judge.judge_model,
-        key_variables=("JUDGE_API_KEY",),
-        concurrency=judge.judge_concurrency,
-        timeout=judge.judge_timeout,
-        retries=judge.judge_retries,
-        allow_insecure=judge.allow_insecure_judge,
-        trust_env_proxy=judge.judge_trust_env_proxy,
-        hedge_after=judge.judge_hedge_after,
-        on_outage=judge.judge_failure,
-        ca_file=judge.judge_ca_file,
-    )
-
-
-def client_settings(settings: JudgeSettings, judge: JudgeConfig) -> ClientSettings:
-    """The client settings of one judge; `judge` holds what is the same for all."""
-    return replace(
-        judge_settings(judge),
-        urls=settings.url,
-        model=settings.model,
-        key_variables=settings.key_variables,
-        concurrency=settings.concurrency,
-        timeout=settings.timeout,
-        retries=settings.retries,
-        url_flag=settings.flag("url"),
-        model_flag=settings.flag("model") if "url" not in settings.own else f"--judge-set {settings.name}.model",
-    )
-
-
 def build_servers(
     judges: Sequence[JudgeSettings], judge: JudgeConfig, environ: Mapping[str, str] | None = None
 ) -> dict[str, ModelServer]:
@@ -115,21 +84,6 @@ def build_servers(
 
 def _reads_turns(settings: JudgeSettings) -> bool:
     return settings.kind == "reward" and settings.input == "chat"
-
-
-def rewriter_settings(config: Config) -> ClientSettings:
-    """The rewriter's client settings; its servers and model default to the judge's, and on their hosts its key does."""
-    own = bool(config.rewriter.rewriter_url)
-    shared = judge_settings(config.judge)
-    urls = config.rewriter.rewriter_url or shared.urls
-    return replace(
-        shared,
-        urls=urls,
-        model=config.rewriter.rewriter_model or (None if own else shared.model),
-        key_variables=("REWRITER_API_KEY", *(shared.key_variables if on_hosts_of(urls, shared.urls) else ())),
-        url_flag="--rewriter-url" if own else "--rewriter-url (or --judge-url)",
-        model_flag="--rewriter-model",
-    )
 
 
 def build_judge(settings: JudgeSettings, server: ModelServer | None) -> Judge:

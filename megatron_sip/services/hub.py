@@ -18,13 +18,7 @@ from megatron_sip.config.judge_set import active_judges
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec, distinct_pool
 from megatron_sip.services.background import BackgroundLoop, cancel_others
-from megatron_sip.services.build import (
-    build_judge,
-    build_servers,
-    judge_specs,
-    needs_rewriter,
-    rewriter_settings,
-)
+from megatron_sip.services.build import build_judge, build_servers, judge_specs, needs_rewriter
 from megatron_sip.services.cache import AnswerCache
 from megatron_sip.services.cache_names import Asker, Name, rewrite_name, verdict_names
 from megatron_sip.services.client import ServiceClient
@@ -35,6 +29,7 @@ from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.queueing import InTurn, Place
 from megatron_sip.services.rewriter import Rewriter, RewriteRequest, rewrite_key
 from megatron_sip.services.rounds import Rewrites, Rounds, gathered, run_rounds
+from megatron_sip.services.settings import rewriter_settings
 from megatron_sip.services.single_flight import SingleFlight
 from megatron_sip.types import Answers, Missing, Pool, Question
 

@@ -14,9 +14,10 @@ from megatron_sip.config.judge_set import active_judges
 from megatron_sip.config.validate_preference import lives_on_rewrites
 from megatron_sip.errors import SipError
 from megatron_sip.parallel.leader import Leader
-from megatron_sip.services.build import judge_specs, rewriter_settings
+from megatron_sip.services.build import judge_specs
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.services.journal_records import REWRITER
+from megatron_sip.services.settings import rewriter_settings
 from megatron_sip.types import Answers, Cut, Missing
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from served import served
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))  # the helpers that launch ranks
-STARTUP_SECONDS = 300
 
 
 @pytest.fixture(scope="session")
@@ -35,15 +35,5 @@ def smollm2(model_cache: Path) -> Path:
 def judge_url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of a real vLLM server with that model, started once and ended with the session."""
     log = tmp_path_factory.mktemp("vllm") / "server.log"
-    tool = [sys.executable, str(ROOT / "tools" / "serve_vllm.py"), "--model", str(smollm2), "--log-file", str(log)]
-    server = subprocess.Popen(
-        [*tool, "--startup-timeout", str(STARTUP_SECONDS), "--threads", "2"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()  # the tool prints it when the server is healthy, or ends
-        assert url, f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}"
+    with served(smollm2, log, "--threads", "2", startup_seconds=300) as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait(60)

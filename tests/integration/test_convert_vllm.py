@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from served import served
 from tiny_corpus import documents, make_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -20,7 +19,6 @@ from megatron_sip.checkpoint.hf import Conversion, convert
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]  # a server of its own takes half a minute to start
 
-ROOT = Path(__file__).resolve().parents[2]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -63,17 +61,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def url(folders: tuple[Path, Path]) -> Iterator[str]:
     """Base URL (with /v1) of a server of the converted model in float32."""
     log = folders[1].with_name("server.log")
-    tool = [sys.executable, str(ROOT / "tools" / "serve_vllm.py"), "--model", str(folders[1]), "--log-file", str(log)]
-    sizes = ["--dtype", "float32", "--max-model-len", "128", "--threads", "1", "--startup-timeout", "500"]
-    server = subprocess.Popen([*tool, *sizes], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        found = server.stdout.readline().strip()
-        assert found, f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}"
+    with served(folders[1], log, "--dtype", "float32", "--max-model-len", "128", "--threads", "1") as found:
         yield found
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def ask(url: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -84,9 +73,9 @@ def ask(url: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_served_model_is_the_one_that_was_converted(folders: tuple[Path, Path], url: str) -> None:
-    original, served = folders
+    original, converted = folders
     text = documents(1, 6, 9)[0]
-    ids = AutoTokenizer.from_pretrained(served, local_files_only=True)(text).input_ids[:100]
+    ids = AutoTokenizer.from_pretrained(converted, local_files_only=True)(text).input_ids[:100]
     answer = ask(url, {"model": "served", "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0})
     said = answer["choices"][0]["prompt_logprobs"]
     got = torch.tensor([said[place][str(token)]["logprob"] for place, token in enumerate(ids) if place > 0])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from served import served
 
 from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.errors import ServiceError
@@ -26,7 +25,6 @@ from megatron_sip.types import Candidate, CandidateKind, Pool, Question
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]
 
-ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "The old lighthouse stood at the end of the pier. Every evening the keeper climbed the stairs to"
 SUFFIXES = [
     " light the great lamp, so that the ships out at sea could find their way home through the fog.",
@@ -65,17 +63,8 @@ def reward_folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def reward_url(reward_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("reward-server") / "server.log"
-    tool = [sys.executable, str(ROOT / "tools" / "serve_vllm.py"), "--model", str(reward_folder), "--dtype", "float32"]
-    tool += ["--max-model-len", "512", "--log-file", str(log), "--startup-timeout", "300"]
-    server = subprocess.Popen(tool, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
-        assert url, f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}"
+    with served(reward_folder, log, "--dtype", "float32", "--max-model-len", "512", startup_seconds=300) as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def ask(url: str, *entries: str, prefix: str = PREFIX) -> list[float]:

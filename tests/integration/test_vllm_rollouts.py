@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 from commands import Command, run_commands
 from fake_rollouts import make_llama
 from forks import run_checks
+from served import served
 from tiny_corpus import make_corpus
 from tiny_run import DATA, TRAINING
 
@@ -21,8 +20,7 @@ from megatron_sip.ports import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]  # a server of its own takes half a minute to start
 
-ROOT = Path(__file__).resolve().parents[2]
-CHECK = ROOT / "tests" / "distributed" / "check_rollout_server.py"
+CHECK = Path(__file__).resolve().parents[1] / "distributed" / "check_rollout_server.py"
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +37,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(root: Path) -> Iterator[str]:
     """Base URL (with /v1) of a rollout server in float32."""
-    log = root / "server.log"
-    tool = [sys.executable, str(ROOT / "tools" / "serve_vllm.py"), "--model", str(root / "hf"), "--rollouts"]
-    sizes = ["--dtype", "float32", "--max-model-len", "128", "--threads", "1", "--startup-timeout", "500"]
-    server = subprocess.Popen([*tool, *sizes, "--log-file", str(log)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        found = server.stdout.readline().strip()
-        assert found, f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}"
+    own = ["--rollouts", "--dtype", "float32", "--max-model-len", "128", "--threads", "1"]
+    with served(root / "hf", root / "server.log", *own) as found:
         yield found
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def flags(root: Path, url: str) -> list[str]:

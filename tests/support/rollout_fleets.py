@@ -16,13 +16,13 @@ from transformers import LlamaForCausalLM
 
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.config.groups import RolloutConfig
-from megatron_sip.rollout.address import client_settings
 from megatron_sip.rollout.engine import Sampling
 from megatron_sip.rollout.fleet import RolloutFleet
 from megatron_sip.rollout.proof import Probe, Weights
 from megatron_sip.rollout.requests import plan_asks
 from megatron_sip.rollout.server import Wanted
 from megatron_sip.rollout.writing import Rows
+from megatron_sip.services.settings import rollout_settings
 
 SAMPLING = Sampling(num_rollouts=3, max_new_tokens=4, temperature=1.0, top_p=1.0, eod=0, stop_at_eod=False, seed=5)
 ASKS = plan_asks([np.arange(3, 9), np.arange(20, 24)], [0, 1], SAMPLING)
@@ -40,7 +40,9 @@ def fleet_of(folder: Path, *servers: FakeRolloutServer, **wanted: Any) -> Iterat
     """A fleet over these servers, started; `retries`, `concurrency` and `thoroughly` may be given too."""
     own = {"rollout_retries": wanted.pop("retries", 0), "rollout_concurrency": wanted.pop("concurrency", 64)}
     thoroughly = wanted.pop("thoroughly", True)
-    settings = client_settings(RolloutConfig(rollout_url=tuple(one.url for one in servers), rollout_timeout=5.0, **own))
+    settings = rollout_settings(
+        RolloutConfig(rollout_url=tuple(one.url for one in servers), rollout_timeout=5.0, **own)
+    )
     model = model_config_from_hf(folder)
     fleet = RolloutFleet(settings, replace(Wanted(model, 100, True, None, False), **wanted), {})
     try:

@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_sip.config.groups import JudgeConfig
 from megatron_sip.errors import SipError
-from megatron_sip.services.build import judge_settings
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.judges import FactualityJudge, Judge, QualityJudge, Reading, SafetyJudge
 from megatron_sip.services.likelihood import LikelihoodJudge
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.queueing import run_bounded
+from megatron_sip.services.settings import judge_settings
 from megatron_sip.types import Missing, Pool, Question, Verdict
 from tools.bench.prose_pools import prose_pools, read_texts, salted
 from tools.bench.vllm_metrics import fetch

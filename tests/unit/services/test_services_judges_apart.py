@@ -12,9 +12,10 @@ from megatron_sip.config.groups import Config, JudgeConfig, RewriterConfig
 from megatron_sip.config.judge_set import active_judges
 from megatron_sip.errors import ConfigError, ServiceError
 from megatron_sip.preference.scoring import JudgeSpec
-from megatron_sip.services.build import build_servers, judge_specs, rewriter_settings
+from megatron_sip.services.build import build_servers, judge_specs
 from megatron_sip.services.endpoint import read_key
 from megatron_sip.services.hub import PreferenceServices
+from megatron_sip.services.settings import rewriter_settings
 from megatron_sip.types import Candidate, CandidateKind, Pool, Question
 
 POOL = Pool(

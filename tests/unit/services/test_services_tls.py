@@ -13,8 +13,8 @@ from test_services_client import KEY, post, settings
 from megatron_sip.config.groups import Config, JudgeConfig
 from megatron_sip.config.validate_preference import preference_problems
 from megatron_sip.errors import ConfigError
-from megatron_sip.services.build import judge_settings, rewriter_settings
 from megatron_sip.services.client import ServiceClient
+from megatron_sip.services.settings import judge_settings, rewriter_settings
 from megatron_sip.types import Missing, MissingReason
 
 
