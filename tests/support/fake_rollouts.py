@@ -157,6 +157,8 @@ class FakeRolloutServer(FakeServer):
         if any(int(token) >= vocab_size for token in body.get("logit_bias", {})):
             told = f"out-of-vocab token ids. Vocabulary size: {vocab_size}"
             return web.json_response({"error": {"message": told, "code": 400}}, status=400)
+        if set("@/\\\0") & set(body.get("cache_salt", "salt")):
+            return await status(400)(request)  # as vLLM does
         if "prompt_logprobs" in body:
             rows: list[Any] = [None]
             rows += [

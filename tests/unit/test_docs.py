@@ -24,7 +24,7 @@ TORCHRUN = {
     "--shutdown-timeout",
 }
 SBATCH = {"--nodes", "--cpus-per-task", "--gpus-per-node", "--time"}
-VLLM = {"--hf-overrides", "--block-size"}
+VLLM = {"--hf-overrides", "--block-size", "--weight-transfer-config"}
 # What a page names as an example of what is refused.
 WRONG_ON_PURPOSE = {"--x", "--y", "--x-api-key"}
 
