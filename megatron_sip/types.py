@@ -5,6 +5,7 @@ Every stage of the package knows only these types and the stage before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
@@ -196,13 +197,14 @@ class PreferenceBatch:
             sample_index=self.sample_index.to(device),
         )
 
-    def slice(self, start: int, stop: int) -> PreferenceBatch:
-        """Rows `start` to `stop` (a micro-batch) at the same width."""
+    def take(self, rows: Sequence[int], width: int | None = None) -> PreferenceBatch:
+        """These rows in this order (a micro-batch), cut to `width`, which must hold all their tokens; None keeps it."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
         return PreferenceBatch(
-            tokens=self.tokens[start:stop],
-            prefix_length=self.prefix_length[start:stop],
-            chosen_length=self.chosen_length[start:stop],
-            rejected_length=self.rejected_length[start:stop],
-            valid=self.valid[start:stop],
-            sample_index=self.sample_index[start:stop],
+            tokens=self.tokens[index, :width],
+            prefix_length=self.prefix_length[index],
+            chosen_length=self.chosen_length[index],
+            rejected_length=self.rejected_length[index],
+            valid=self.valid[index],
+            sample_index=self.sample_index[index],
         )

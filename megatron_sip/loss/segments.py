@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +31,10 @@ class ReferenceLogps:
     chosen: torch.Tensor
     rejected: torch.Tensor
 
-    def slice(self, start: int, stop: int) -> ReferenceLogps:
-        """Those of rows `start` to `stop` (a micro-batch)."""
-        return ReferenceLogps(self.chosen[start:stop], self.rejected[start:stop])
+    def take(self, rows: Sequence[int]) -> ReferenceLogps:
+        """Those of these rows, in this order (a micro-batch)."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.chosen.device)
+        return ReferenceLogps(self.chosen[index], self.rejected[index])
 
 
 def segment_sums(token_logps: torch.Tensor, scored: ScoredTokens, rows: int) -> SegmentLogps:

@@ -44,6 +44,8 @@ TRAINING: tuple[MetricSpec, ...] = (
     MetricSpec("logps/chosen", label="logp chosen", form=".2f"),
     MetricSpec("logps/rejected", label="logp rejected", form=".2f"),
     MetricSpec("objective/kl"),
+    # Of the positions of the rows that went through the layers those without a token.
+    MetricSpec("tokens/padding_share", label="padding", form=".3f", show_zero=False),
 )
 
 STEPS: tuple[MetricSpec, ...] = (

@@ -88,8 +88,3 @@ def ntp_batch(cuts: Sequence[Cut], width_multiple: int = 1) -> PreferenceBatch:
     """
     rows = [([*cut.prefix.tolist(), *cut.suffix.tolist()], (), (), 1.0, cut.sample_index) for cut in cuts]
     return _rows_to_batch(rows, width_multiple)
-
-
-def padding_fraction(batch: PreferenceBatch) -> float:
-    """Share of the positions of the batch that hold no token."""
-    return 1.0 - float(batch.layout().sum()) / (batch.rows * batch.width)

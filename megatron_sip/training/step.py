@@ -20,6 +20,7 @@ from megatron_sip.model.policy import PolicyModel
 from megatron_sip.model.reference import ReferencePolicy
 from megatron_sip.parallel.world import World
 from megatron_sip.preference.layout import ScoredTokens, position_ids, scored_tokens
+from megatron_sip.preference.micro_batches import MicroRows, by_length, padding, places
 from megatron_sip.preference.unshared import scored_in_two_rows, two_rows
 from megatron_sip.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_sip.training.spikes import SpikeRule
@@ -45,10 +46,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """A slice of pairs, the rows that the model reads, their layout on the host, and where they are scored.
+    """Some pairs of the batch, the rows that the model reads, their layout on the host, and where they are scored.
 
-    Tensors are on the device. `rows` are the pairs themselves, or two rows for each (`--no-shared-prefix`).
-    `reference` is None on all stages but the last, and for objectives without one.
+    Tensors are on the device. `rows` are the pairs themselves, or two rows for each (`--no-shared-prefix`), as wide as
+    the longest of them. `reference` is None on all stages but the last, and for objectives without one.
     """
 
     batch: PreferenceBatch
@@ -137,7 +138,11 @@ class PolicyTrainer:
         if not parts or self.world.tp_rank:
             return {}
         total = torch.stack([part.metrics for part in parts]).sum(0).tolist()
-        return {name: (row[0], row[1]) for name, row in zip(parts[0].names, total, strict=True)}
+        rows, micros = self._split(batch)
+        return {
+            **{name: (row[0], row[1]) for name, row in zip(parts[0].names, total, strict=True)},
+            "tokens/padding_share": padding(_by_pair(rows, batch), micros),
+        }
 
     def segment_logps(self, batch: PreferenceBatch) -> SegmentLogps | None:
         """Summed log-probabilities of every row's segments under the current weights, on the last stage.
@@ -152,10 +157,11 @@ class PolicyTrainer:
         parts: list[SegmentLogps] = self._run(batch, collect, None, forward_only=True)
         if not parts:
             return None
+        back = places(self._split(batch)[1]).to(parts[0].chosen.device)
         return SegmentLogps(
-            chosen=torch.cat([part.chosen for part in parts]),
-            rejected=torch.cat([part.rejected for part in parts]),
-            prefix=torch.cat([part.prefix for part in parts]),
+            chosen=torch.cat([part.chosen for part in parts])[back],
+            rejected=torch.cat([part.rejected for part in parts])[back],
+            prefix=torch.cat([part.prefix for part in parts])[back],
         )
 
     def reference_logps(self, batch: PreferenceBatch) -> ReferenceLogps | None:
@@ -209,34 +215,42 @@ class PolicyTrainer:
             return out, lambda logps, **schedule: on_logps(logps, micro, **schedule)
 
         self.before_pass()
-        size = self.config.training.micro_batch_size
-        if batch.rows % size:
-            raise ValueError(f"{batch.rows} rows do not split into micro-batches of {size}")
-        multiple = self.world.tp_size if self.config.parallel.sequence_parallel else 1
-        rows = batch if self.shares_prefix else two_rows(batch, multiple)
+        rows, micros = self._split(batch)
+        widths = {micro.width for micro in micros}
+        # Stages that send hidden states of several widths tell each other which comes next; one width is known.
+        self.policy.config.variable_seq_lengths = len(widths) > 1
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=self._micro_batches(batch, rows, reference),
+                data_iterator=self._micro_batches(batch, rows, micros, reference),
                 model=[self.ddp],
-                num_microbatches=batch.rows // size,
-                seq_length=rows.width,
-                micro_batch_size=size * rows.rows // batch.rows,
+                num_microbatches=len(micros),
+                seq_length=max(widths),
+                micro_batch_size=len(micros[0].pairs) * rows.rows // batch.rows,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
             )
 
+    def _split(self, batch: PreferenceBatch) -> tuple[PreferenceBatch, tuple[MicroRows, ...]]:
+        """The rows that the model reads, and which of their pairs go through the layers together."""
+        multiple = self.world.tp_size if self.config.parallel.sequence_parallel else 1
+        rows = batch if self.shares_prefix else two_rows(batch, multiple)
+        return rows, by_length(_by_pair(rows, batch), self.config.training.micro_batch_size, multiple)
+
     def _micro_batches(
-        self, batch: PreferenceBatch, rows: PreferenceBatch, reference: ReferenceLogps | None
+        self,
+        batch: PreferenceBatch,
+        rows: PreferenceBatch,
+        micros: tuple[MicroRows, ...],
+        reference: ReferenceLogps | None,
     ) -> Iterator[_MicroBatch]:
-        size, each, device = self.config.training.micro_batch_size, rows.rows // batch.rows, self.world.device
+        each, device = rows.rows // batch.rows, self.world.device
         score = scored_tokens if self.shares_prefix else scored_in_two_rows
-        for start in range(0, batch.rows, size):
-            stop = start + size
-            read = rows.slice(each * start, each * stop)
+        for micro in micros:
+            read = rows.take([each * pair + row for pair in micro.pairs for row in range(each)], micro.width)
             scored = score(read, with_prefix=self.weights.ntp > 0)
-            own = None if reference is None else reference.slice(start, stop)
-            pairs = batch.slice(start, stop).to(device)
+            own = None if reference is None else reference.take(micro.pairs)
+            pairs = batch.take(micro.pairs).to(device)
             yield _MicroBatch(pairs, read.to(device), read.layout(), scored.to(device), own)
 
     def _global_counts(self, batch: PreferenceBatch) -> GlobalCounts:
@@ -259,3 +273,8 @@ class PolicyTrainer:
         bad_ranks, total, count = sums.tolist()
         loss = total / count if count else math.nan
         return bad_ranks == 0 and math.isfinite(loss), loss
+
+
+def _by_pair(rows: PreferenceBatch, batch: PreferenceBatch) -> torch.Tensor:
+    """`[pairs, each, 3]`: the lengths of the rows that the model reads of each pair of `batch`."""
+    return rows.layout().view(batch.rows, -1, 3)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -25,6 +26,7 @@ from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.config.groups import Config, ParallelConfig, PreferenceConfig, TrainingConfig
 from megatron_sip.loss.segments import ReferenceLogps
 from megatron_sip.parallel import world as world_module
+from megatron_sip.preference.micro_batches import MicroRows
 from megatron_sip.rollout.engine import Sampling
 from megatron_sip.rollout.sampling import uniforms
 from megatron_sip.types import PreferenceBatch
@@ -57,7 +59,7 @@ class LayoutCheck:
     """The policy of the oracle at the layout of this launch."""
 
     def __init__(self, folder: Path, tp: int, pp: int, sequence_parallel: bool, micro: int, bf16: bool) -> None:
-        self.folder = folder
+        self.folder, self.bf16 = folder, bf16
         self.token_limit, self.gradient_limit = (0.3, 0.25) if bf16 else (1e-5, 1e-5)
         config = Config(
             model=model_config_from_hf(folder / "policy"),
@@ -103,7 +105,8 @@ class LayoutCheck:
         tokens = self.trainer._run(self.batch, collect, None, forward_only=True)
         logps = self.trainer.segment_logps(self.batch)
         if logps is not None:
-            wanted = [self.expected["tokens"][index] for index in self.indices]
+            order = [pair for micro in self.trainer._split(self.batch)[1] for pair in micro.pairs]
+            wanted = [self.expected["tokens"][self.indices[pair]] for pair in order]
             torch.testing.assert_close(
                 torch.cat(tokens).double().cpu(), torch.cat(wanted), atol=self.token_limit, rtol=0
             )
@@ -114,8 +117,8 @@ class LayoutCheck:
     def gradients(self, batch: PreferenceBatch, reference: ReferenceLogps | None) -> float:
         """Largest distance of a gradient tensor from the oracle's, relative to that tensor's norm; over all ranks."""
         counts = self.trainer._global_counts(batch)
-        metrics = self.trainer.forward_backward(batch, reference, counts)
-        self.loss = metrics["loss"][0] if metrics else 0.0
+        self.metrics = self.trainer.forward_backward(batch, reference, counts)
+        self.loss = self.metrics["loss"][0] if self.metrics else 0.0
         wanted = {name: torch.empty_like(p) for name, p in self.policy.named_parameters()}
         self.load("gradient", wanted)
         worst = max(
@@ -258,15 +261,41 @@ class LayoutCheck:
         assert self.trainer.reference.optimizer_steps == reference + 1
 
     def micro_batches(self) -> None:
-        """The same gradient whatever the micro-batch size."""
-        reference = self.trainer.reference_logps(self.batch)
+        """The same whatever the micro-batch size, and as with the rows in their order, all of one width."""
+        same = self.gradient_limit if self.bf16 else 1e-6
         for size in (1, 2, 4):
-            if self.batch.rows % size == 0:
-                training = replace(self.config.training, micro_batch_size=size)
-                self.trainer.config = replace(self.config, training=training)
-                right = self.gradients(self.batch, reference)
-                assert right < self.gradient_limit, f"micro-batch {size}: a gradient is {right:.1e} of its norm away"
+            if self.batch.rows % size:
+                continue
+            self.trainer.config = replace(self.config, training=replace(self.config.training, micro_batch_size=size))
+            found, sums, metrics = self.trained()
+            self.trainer._split = partial(self.one_width, size)
+            wanted, wanted_sums, wanted_metrics = self.trained()
+            del self.trainer._split
+            assert sums.keys() == wanted_sums.keys()
+            for name, value in sums.items():
+                torch.testing.assert_close(value, wanted_sums[name], atol=100 * same, rtol=same)
+            worst = max(float((one - other).norm() / other.norm()) for one, other in zip(found, wanted, strict=True))
+            assert worst < same, f"micro-batch {size}: a gradient is {worst:.1e} of that of one width away"
+            assert metrics.keys() == wanted_metrics.keys()
+            padded, before = (values.pop("tokens/padding_share", (0, 1))[0] for values in (metrics, wanted_metrics))
+            assert padded < before or not metrics or size == self.batch.rows
+            for name, pair in metrics.items():
+                assert pair == pytest.approx(wanted_metrics[name], rel=same, abs=same), name
         self.trainer.config = self.config
+
+    def trained(self) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, tuple[float, float]]]:
+        """Gradients (checked against the oracle's), the reference's sums by row, and metrics."""
+        reference = self.trainer.reference_logps(self.batch)
+        right = self.gradients(self.batch, reference)
+        size = self.trainer.config.training.micro_batch_size
+        assert right < self.gradient_limit, f"micro-batch {size}: a gradient is {right:.1e} of its norm away"
+        gradients = [parameter.main_grad.clone() for parameter in self.policy.parameters()]
+        return gradients, {} if reference is None else vars(reference), dict(self.metrics)
+
+    def one_width(self, size: int, batch: PreferenceBatch) -> tuple[PreferenceBatch, tuple[MicroRows, ...]]:
+        """Micro-batches of neighbours in the batch, as wide as its longest row."""
+        starts = range(0, batch.rows, size)
+        return batch, tuple(MicroRows(tuple(range(start, start + size)), batch.width) for start in starts)
 
     def unshared(self) -> None:
         """Two rows a pair give the same log-probabilities and the same gradient as one row does."""

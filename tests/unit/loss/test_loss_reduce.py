@@ -76,7 +76,7 @@ def simulate(
     gradient, loss, count, metrics, names = torch.zeros(VOCAB, VOCAB, dtype=torch.float64), 0.0, 0, 0.0, ()
     for batch in batches:
         for start in range(0, batch.rows, micro):
-            rows = batch.slice(start, start + micro)
+            rows = batch.take(range(start, start + micro))
             with torch.no_grad():
                 of_reference = frozen.segments(rows)
             reference = ReferenceLogps(of_reference.chosen, of_reference.rejected)

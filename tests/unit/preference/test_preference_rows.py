@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sip.preference.collate import collate, ntp_batch, padding_fraction
+from megatron_sip.preference.collate import collate, ntp_batch
 from megatron_sip.preference.layout import CHOSEN, PREFIX, REJECTED, position_ids, scored_tokens
 from megatron_sip.types import Candidate, CandidateKind, Cut, NoPair, NoPairReason, Pair, PreferenceBatch
 
@@ -45,7 +45,6 @@ def test_rows_round_trip_in_order() -> None:
     assert batch.valid.tolist() == [1.0, 1.0]
     assert batch.valid.dtype == torch.float32
     assert batch.sample_index.tolist() == [7, 8]
-    assert padding_fraction(batch) == pytest.approx(4 / 16)
 
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 8), (3, 9), (8, 8), (16, 16)])
@@ -148,9 +147,12 @@ def test_scored_tokens_of_next_token_rows() -> None:
     assert scored_tokens(batch, with_prefix=False).row.numel() == 0
 
 
-def test_a_slice_scores_the_same_tokens_as_the_whole() -> None:
+def test_a_row_that_is_taken_scores_the_same_tokens_as_the_whole() -> None:
     batch = two_rows()
-    whole, second = scored_tokens(batch, with_prefix=True), scored_tokens(batch.slice(1, 2), with_prefix=True)
+    taken = batch.take([1], 4)
+    assert segments(taken, 0) == ([14], [23], [34, 35])
+    assert (taken.width, taken.sample_index.tolist()) == (4, [8])
+    whole, second = scored_tokens(batch, with_prefix=True), scored_tokens(taken, with_prefix=True)
     mine = whole.row == 1
     assert whole.target[mine].tolist() == second.target.tolist()
     assert whole.source[mine].tolist() == second.source.tolist()
