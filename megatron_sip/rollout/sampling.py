@@ -87,7 +87,7 @@ def _sample_over_ranks(
     own_sum = torch.where(highest.isneginf(), 0.0, 1.0 / masses.amax(dim=1).double())
     highests, sums = _gathered(torch.stack([highest, own_sum]), group).unbind(1)
     sums = sums * ((highests - highests.amax(dim=0)) / temperature).exp()
-    ends = sums.cumsum(dim=0).t()
+    ends = sums.cumsum(dim=0).t().contiguous()
     target = uniform * ends[:, -1]
     owner = _first_behind(ends, target)
     share = (target - (ends[:, rank - 1] if rank else 0.0)) / sums[rank]
@@ -99,9 +99,9 @@ def _sample_over_ranks(
 
 def _gathered(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """`[ranks, ...]`, the tensors of all ranks."""
-    parts = own.new_empty(group.size() * len(own), *own.shape[1:])
-    dist.all_gather_into_tensor(parts, own.contiguous(), group=group)
-    return parts.unflatten(0, (group.size(), len(own)))
+    parts = own.new_empty(group.size(), *own.shape)
+    dist.all_gather(list(parts.unbind(0)), own.contiguous(), group=group)
+    return parts
 
 
 def _softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:

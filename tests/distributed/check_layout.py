@@ -187,11 +187,27 @@ class LayoutCheck:
             ending = engine.generate(prefixes, self.indices, replace(sampled, temperature=5.0, eod=7, stop_at_eod=True))
             stop = (ending.tokens == 7).any(-1)
             assert torch.equal(ending.lengths[~stop], torch.full_like(ending.lengths[~stop], oracle.NEW_TOKENS))
+            self.stops_when_all_ended(engine, prefixes[0], replace(greedy, stop_at_eod=True))
         else:
             self.same_samples(rollouts.tokens, torch.load(samples_file)[self.indices], sampled)
         assert engine.bypasses != self.policy.config.sequence_parallel
         engine.bypasses = False  # megatron-core runs the layers
         self.same_samples(engine.generate(prefixes, self.indices, sampled).tokens, rollouts.tokens, sampled)
+
+    def stops_when_all_ended(self, engine: Any, prefix: np.ndarray, greedy: Sampling) -> None:
+        """No token is computed behind the look that finds all rows at their end."""
+        from megatron_sip.rollout.megatron import LOOK_TOKENS
+
+        unused = replace(greedy, eod=oracle.VOCAB - 1)
+        row = engine.generate([prefix], self.indices[:1], unused).row(0, 0)
+        assert len(row) == oracle.NEW_TOKENS
+        first = row.index(row[2])
+        steps, decode = [], engine._decode
+        engine._decode = lambda *given: steps.append(None) or decode(*given)
+        ended = engine.generate([prefix], self.indices[:1], replace(greedy, eod=row[2]))
+        del engine._decode
+        assert ended.lengths.tolist() == [[first + 1] * 2]
+        assert len(steps) == -(-first // LOOK_TOKENS) * LOOK_TOKENS < oracle.NEW_TOKENS - 1
 
     def spread_vocabulary(self) -> None:
         """Tokens that TP ranks draw together are those of one rank with all columns, and the same on each."""
