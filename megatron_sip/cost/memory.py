@@ -131,8 +131,9 @@ def memory_per_gpu(
     )
     work = run.work()
     scored = run.micro_batch_size * (work.suffixes * work.suffix + (work.prefix - 1 if work.prefix_logits else 0))
-    # Logits and their gradient in the run's type, the softmax and its gradient in fp32.
-    logits = scored * vocabulary / run.tensor_model_parallel_size * (2 * size + 2 * FLOAT)
+    # A chunk in fp32, whose gradient takes its place, and one of these in the run's type beside it.
+    whole = FLOAT * scored * vocabulary / run.tensor_model_parallel_size
+    logits = min(whole, run.logits_chunk_mib * 2**20) * (1 + (size / FLOAT if size < FLOAT else 0))
     # fp32 runs step the weights themselves; bf16 runs keep fp32 main weights beside them. Adam has two moments.
     state = (2 * FLOAT + (FLOAT if size == 2 else 0)) * n
     forward = run.micro_batch_size * work.row_tokens * row_padding * layer_activation_bytes(model, run)
@@ -151,7 +152,7 @@ def memory_per_gpu(
         optimizer=state / (data_parallel if run.use_distributed_optimizer else 1),
         activations=_activations(model, run, data_parallel, row_padding),
         logits=logits,
-        reference_pass=size * n + forward + logits / 2 if work.reference else 0.0,
+        reference_pass=size * n + forward + logits if work.reference else 0.0,
         rollout_cache=min(wave, share) * per_prefix,
         rollout_logits=min(wave, share) * row_logits,
         rollout_prefill=min(wave, share) * prefill,

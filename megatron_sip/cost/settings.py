@@ -43,6 +43,7 @@ class RunSettings:
     overlap_grad_reduce: bool = setting(ParallelConfig.overlap_grad_reduce, "reduce gradients during backward")
     dtype: Literal["bf16", "fp32"] = setting("bf16", "weights and activations")
     recompute_granularity: Literal["none", "full"] = setting("none", "activation recomputation")
+    logits_chunk_mib: int = setting(TrainingConfig.logits_chunk_mib, "MiB of float32 logits at a time in training")
     rollout_batch_size: int | None = setting(None, "prefixes of a rollout wave on a DP rank; none: as many as fit")
     rollout_engine: Literal["megatron", "vllm"] = setting("megatron", "where rollouts are written")
     rollout_gpus: int = setting(0, "further GPUs, of the vllm engine")

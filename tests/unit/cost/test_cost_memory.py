@@ -91,6 +91,18 @@ def test_recomputation_keeps_the_inputs_of_layers() -> None:
     assert again == tokens * (24 * 2 * 2048 + layer)
 
 
+def test_logits_are_those_of_a_micro_batch_and_at_most_a_chunk() -> None:
+    def logits(**changes: object) -> float:
+        return memory_per_gpu(LLAMA3_8B, replace(RUN, **changes), 64, ROOM).logits
+
+    suffixes = 256 * 128_256 * 4  # 128,256 is a multiple of 128: no padding
+    assert logits(dtype="fp32") == suffixes
+    assert logits() == suffixes * 1.5
+    assert logits(tensor_model_parallel_size=2, micro_batch_size=4) == 2 * suffixes * 1.5
+    assert logits(train_prefix=True, dtype="fp32") == 256 * 2**20
+    assert logits(train_prefix=True, dtype="fp32", logits_chunk_mib=32) == 32 * 2**20
+
+
 def test_tensor_and_sequence_parallel_split_a_layer() -> None:
     one = layer_activation_bytes(LLAMA_1B4, RUN)
     tensor = replace(RUN, tensor_model_parallel_size=4)
