@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -30,6 +31,8 @@ PAUSE_SECONDS = 2.0
 """Between two looks at servers of which none can be used."""
 FRUITLESS_ROUNDS = 3
 """Rounds in a row that bring no answer, though a server says that it is well, before the run is ended."""
+LOSSES = 3
+"""How often a server may lose its weights while it writes, before it is left out of the step."""
 
 Hear = Callable[[Mapping[int, Rows]], None]
 """Gets the rows of requests, by their place in the batch of requests; called in the fleet's own thread."""
@@ -163,22 +166,20 @@ class RolloutFleet:
     async def _rollouts(self, asks: Sequence[Ask], sampling: Sampling, weights: Weights, hear: Hear) -> list[Rows]:
         rows: dict[int, Rows] = {}
         at_work: dict[str, float] = {}
+        losses: Counter[RolloutServer] = Counter()
         fruitless = 0
         try:
             while True:
-                labels = await self._labels()
-                holders = {
-                    server: label for server, label in labels.items() if label and is_proven(label, weights.version)
-                }
                 fault = "none has the weights of this step"
+                holders = await self._holders(weights.version, losses)
                 if holders:
                     open_asks = {number: ask for number, ask in enumerate(asks) if number not in rows}
-                    writers = await self._writers_of(holders, weights.version)
+                    writers = await self._writers_of(holders, weights.version, losses)
                     done = await write(writers, open_asks, sampling, hear)
                     rows |= done.rows
                     if len(rows) == len(asks):
                         return [rows[number] for number in range(len(asks))]
-                    fault, fruitless = done.fault, 0 if done.rows else fruitless + 1
+                    fault, fruitless = done.fault, 0 if done.rows or done.lost else fruitless + 1
                     if fruitless == FRUITLESS_ROUNDS:
                         raise ServiceError(f"the servers of --rollout-url write no rollouts: {fault}")
                 self.waits_for = f"no server of --rollout-url writes rollouts ({fault})"
@@ -186,6 +187,23 @@ class RolloutFleet:
                 await self._restore(weights, at_work)
         finally:
             self.waits_for = None
+
+    async def _holders(self, version: str, losses: Mapping[RolloutServer, int]) -> dict[RolloutServer, str]:
+        """The servers that hold these weights, with their labels; without those that lost them too often.
+
+        Raises:
+            ServiceError: all of them did.
+        """
+        labels = await self._labels()
+        held = {server: label for server, label in labels.items() if label and is_proven(label, version)}
+        steady = {server: label for server, label in held.items() if losses.get(server, 0) < LOSSES}
+        if held and not steady:
+            told = ", ".join(server.url for server in held)
+            raise ServiceError(
+                f"the servers of --rollout-url write no rollouts: {told} lost its weights while it wrote, "
+                f"{LOSSES} times in one step; its log says whether it fell, and no other run may use it"
+            )
+        return steady
 
     async def _restore(self, weights: Weights, at_work: dict[str, float]) -> None:
         """Send the weights again where no server holds them and no other leader is at it.
@@ -214,8 +232,13 @@ class RolloutFleet:
         asked = self._servers if of is None else of
         return dict(zip(asked, await asyncio.gather(*map(label, asked)), strict=True))
 
-    async def _writers_of(self, holders: Mapping[RolloutServer, str], version: str) -> Writers:
-        """Exactly these servers behind one client, with their common queue, retries and failover."""
+    async def _writers_of(
+        self, holders: Mapping[RolloutServer, str], version: str, losses: Counter[RolloutServer]
+    ) -> Writers:
+        """Exactly these servers behind one client, with their common queue, retries and failover.
+
+        `losses` counts for each how often it did not hold the weights to the end.
+        """
         urls = tuple(server.url for server in holders)
         if self._writers is None or self._writers[0] != urls:
             if self._writers is not None:
@@ -227,6 +250,9 @@ class RolloutFleet:
             await self._writers[1].open()
 
         async def hold_still() -> bool:
-            return await self._labels(list(holders)) == holders
+            labels = await self._labels(list(holders))
+            gone = [server for server, label in holders.items() if labels[server] != label]
+            losses.update(gone)
+            return not gone
 
         return Writers(self._writers[1], next(iter(holders)).model, version, self._vocab_size, hold_still)

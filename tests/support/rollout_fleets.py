@@ -37,14 +37,16 @@ def weights(folder: Path, version: str) -> Weights:
 
 @contextmanager
 def fleet_of(folder: Path, *servers: FakeRolloutServer, **wanted: Any) -> Iterator[RolloutFleet]:
-    """A fleet over these servers, started; `retries`, `concurrency` and `thoroughly` may be given too."""
-    own = {"rollout_retries": wanted.pop("retries", 0), "rollout_concurrency": wanted.pop("concurrency", 64)}
-    thoroughly = wanted.pop("thoroughly", True)
-    settings = rollout_settings(
-        RolloutConfig(rollout_url=tuple(one.url for one in servers), rollout_timeout=5.0, **own)
+    """A fleet over these servers, started; `retries`, `concurrency`, `timeout` and `thoroughly` may be given too."""
+    rollout = RolloutConfig(
+        rollout_url=tuple(one.url for one in servers),
+        rollout_retries=wanted.pop("retries", 0),
+        rollout_concurrency=wanted.pop("concurrency", 64),
+        rollout_timeout=wanted.pop("timeout", 5.0),
     )
+    thoroughly = wanted.pop("thoroughly", True)
     model = model_config_from_hf(folder)
-    fleet = RolloutFleet(settings, replace(Wanted(model, 100, True, None, False), **wanted), {})
+    fleet = RolloutFleet(rollout_settings(rollout), replace(Wanted(model, 100, True, None, False), **wanted), {})
     try:
         fleet.submit_start(thoroughly).result(30)
         yield fleet
