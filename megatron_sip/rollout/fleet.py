@@ -170,9 +170,12 @@ class RolloutFleet:
         fruitless = 0
         try:
             while True:
-                fault = "none has the weights of this step"
                 holders = await self._holders(weights.version, losses)
-                if holders:
+                if not holders:
+                    # What was said by a push that failed tells more.
+                    self.waits_for = self.waits_for or "no server of --rollout-url has the weights of this step"
+                else:
+                    self.waits_for = None
                     open_asks = {number: ask for number, ask in enumerate(asks) if number not in rows}
                     writers = await self._writers_of(holders, weights.version, losses)
                     done = await write(writers, open_asks, sampling, hear)
@@ -182,7 +185,7 @@ class RolloutFleet:
                     fault, fruitless = done.fault, 0 if done.rows or done.lost else fruitless + 1
                     if fruitless == FRUITLESS_ROUNDS:
                         raise ServiceError(f"the servers of --rollout-url write no rollouts: {fault}")
-                self.waits_for = f"no server of --rollout-url writes rollouts ({fault})"
+                    self.waits_for = f"no server of --rollout-url writes rollouts ({fault})"
                 await asyncio.sleep(PAUSE_SECONDS)
                 await self._restore(weights, at_work)
         finally:
