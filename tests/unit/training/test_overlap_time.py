@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import replace
 from statistics import mean
 from types import SimpleNamespace
 from typing import Any
@@ -49,8 +50,9 @@ class Engine:
     def generate(
         self, prefixes: Sequence[Any], sample_indices: Sequence[int], sampling: Sampling, on_wave: OnWave
     ) -> Rollouts:
+        count = sampling.num_rollouts
         tokens = torch.tensor(
-            [[[1 + s % 7, 1 + k, 3, 4] for k in range(ROLLOUTS)] for s in sample_indices], dtype=torch.int64
+            [[[1 + s % 7, 1 + k, 3, 4] for k in range(count)] for s in sample_indices], dtype=torch.int64
         )
         whole = Rollouts(tokens, torch.full(tokens.shape[:2], LENGTH))
         wave = len(prefixes) // WAVES
@@ -220,3 +222,29 @@ def test_rollouts_of_a_checkpoint_are_told_as_taken_only_where_they_are(
     assert (batch.rollouts is written, not engine.waves) == (taken, taken)
     [line] = said
     assert ("takes its rollouts from the checkpoint" in line) is taken
+
+
+def test_a_batch_has_the_curriculum_of_the_iteration_that_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With lag 1 it is begun an iteration earlier, where the schedule has fewer rollouts and a larger bonus."""
+    schedule = PreferenceConfig(
+        pool=("original", "rollout"),
+        curriculum="schedule",
+        curriculum_rollout_start=0,
+        curriculum_rollout_ramp=STEPS - 1,
+        curriculum_bonus=1.0,
+        curriculum_bonus_iters=2 * STEPS,
+    )
+    found = []
+    for lag in (0, 1):
+        with FakeServer() as server:
+            server.fault_every_time = Judge(0.0)
+            config = replace(config_of(server.url, lag), preference=schedule)
+            with PreferenceServices(config, {}) as services:
+                found.append(run(config, maker_of(config, services, Engine(0.0), monkeypatch), 0.0)[1])
+    for iteration, (one, other) in enumerate(zip(*found, strict=True)):
+        assert [len(pool.candidates) for pool in one.pools] == [2 + (ROLLOUTS - 1) * iteration // (STEPS - 1)] * SIZE
+        # The original wins all its comparisons, and has what is left of the bonus.
+        assert [scores.total[0] for scores in one.scores if scores] == [2 - iteration / (2 * STEPS)] * SIZE
+        assert one.pools == other.pools
+        assert one.scores == other.scores
+        assert one.pairs == other.pairs
