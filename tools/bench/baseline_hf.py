@@ -36,7 +36,7 @@ class Baseline:
     """Policy, reference and optimizer of transformers and torch."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+        self.spec, self.cache = spec, spec.hf_caches[0]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(spec.all_threads)
         torch.manual_seed(spec.seed)
@@ -93,7 +93,7 @@ class Baseline:
             max_new_tokens=point.suffix,
             num_return_sequences=point.rollouts,
             use_cache=True,
-            cache_implementation=self.spec.hf_cache,
+            cache_implementation=self.cache,
             pad_token_id=EOD,
         )
         self.policy.train()
@@ -145,7 +145,8 @@ def peak_memory() -> float:
 
 
 def answer(baseline: Baseline, order: Order) -> Reply:
-    """The mean of as many steps as were ordered."""
+    """The mean of as many steps as were ordered, with the cache that is named."""
+    baseline.cache = order["cache"]
     point, first = Point(**order["point"]), order["first_step"]
     return mean_of([baseline.step(point, first + index) for index in range(order["steps"])])
 

@@ -25,14 +25,16 @@ class _Found:
     """What the repeats at one point have given so far."""
 
     sip: list[Sample] = field(default_factory=list)
-    hf: list[Sample] = field(default_factory=list)
+    hf: dict[str, list[Sample]] = field(default_factory=dict)
     prefix: list[PrefixSample] = field(default_factory=list)
     save: list[float] = field(default_factory=list)
 
     def result(self, spec: Spec, point: Point, rate: float) -> Result:
         """The same as a value."""
-        samples = tuple(self.sip), tuple(self.hf), tuple(self.prefix), tuple(self.save)
-        return Result(point, spec.tensor, spec.pipeline, rate, *samples)
+        hf = {cache: tuple(samples) for cache, samples in self.hf.items()}
+        return Result(
+            *(point, spec.tensor, spec.pipeline, rate, tuple(self.sip), hf, tuple(self.prefix), tuple(self.save))
+        )
 
 
 class Bench:
@@ -113,9 +115,10 @@ class Bench:
     def _warm_up(self, point: Point) -> None:
         """Imports within the first call and memory pools are no part of a step."""
         self._number += 1
-        for name in self._arms:
-            if name != "matmul":
-                self._step(name, point.small, 1)
+        self._step("sip", point.small, 1)
+        if "hf" in self._arms:
+            for cache in self._spec.hf_caches:
+                self._step("hf", point.small, 1, cache=cache)
 
     def _turns(self) -> list[Callable[[Point, _Found], None]]:
         turns = [self._measure_matmul, self._measure_sip]
@@ -138,23 +141,24 @@ class Bench:
             found.save.append(reply["seconds"])
 
     def _measure_hf(self, point: Point, found: _Found) -> None:
-        found.hf.append(self._step("hf", point, self._steps))
+        for cache in self._spec.hf_caches:
+            found.hf.setdefault(cache, []).append(self._step("hf", point, self._steps, cache=cache))
 
     def _measure_prefix(self, point: Point, found: _Found) -> None:
         reply = self._ask("sip", "prefix", point, shared_first=len(found.prefix) % 2 == 0)
         found.prefix.append(PrefixSample(sum(reply["shared"].values()), sum(reply["unshared"].values())))
 
-    def _step(self, name: str, point: Point, steps: int) -> Sample:
+    def _step(self, name: str, point: Point, steps: int, **further: str) -> Sample:
         self._others.cores()
-        reply = self._ask(name, "step", point, steps=steps)
+        reply = self._ask(name, "step", point, steps=steps, **further)
         return Sample(reply["seconds"], reply["parts"], reply["memory_gib"], self._others.cores())
 
-    def _ask(self, name: str, kind: str, point: Point, **further: int) -> Reply:
+    def _ask(self, name: str, kind: str, point: Point, **further: int | str) -> Reply:
         return self._arms[name].ask({"kind": kind, "point": asdict(point), "first_step": self._number, **further})
 
 
 def _seconds(found: _Found) -> str:
-    last = {"sip": found.sip, "hf": found.hf}
+    last = {"sip": found.sip, **{f"hf {cache}": samples for cache, samples in found.hf.items()}}
     return ", ".join(f"{name} {samples[-1].seconds:.2f} s" for name, samples in last.items() if samples)
 
 

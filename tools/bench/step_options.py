@@ -13,7 +13,7 @@ from megatron_sip.config.presets import with_preset
 from megatron_sip.cost.sizes import ModelSizes, model_sizes
 from megatron_sip.errors import ConfigError
 from tools.bench import machine
-from tools.bench.step_spec import DEFAULT_MODEL, Point, Spec
+from tools.bench.step_spec import DEFAULT_MODEL, HF_CACHES, Point, Spec
 
 COMPARED = ("hf", "unshared")
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
@@ -62,7 +62,11 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rollout-batch-size", type=one, help="ours: prefixes of a wave (default: all)")
     group.add_argument("--hf-micro-batch-size", type=one, help="hf: pairs of a pass (default: all)")
     group.add_argument(
-        "--hf-cache", choices=("dynamic", "static"), default="dynamic", help="hf: cache of generate (default: dynamic)"
+        "--hf-cache",
+        choices=HF_CACHES,
+        nargs="+",
+        default=list(HF_CACHES),
+        help="hf: caches of generate that are measured, of which the faster counts (default: both)",
     )
     group.add_argument(
         "--matmul-sizes", type=one, nargs="+", default=[1024, 2048, 4096], help="of the products that give the floor"
@@ -117,7 +121,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         micro_batch_size=options.micro_batch_size,
         rollout_batch_size=options.rollout_batch_size,
         hf_micro_batch_size=options.hf_micro_batch_size,
-        hf_cache=options.hf_cache,
+        hf_caches=tuple(options.hf_cache),
         seed=options.seed,
         matmul_sizes=tuple(options.matmul_sizes),
     )

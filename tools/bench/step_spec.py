@@ -11,6 +11,8 @@ from typing import Any
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.cost.flops import StepWork
 
+HF_CACHES = ("dynamic", "static")
+"""The caches that `generate` of transformers may have for all rows: which is faster depends on model and sizes."""
 DEFAULT_MODEL = ModelConfig(
     num_layers=6,
     hidden_size=320,
@@ -75,7 +77,7 @@ class Spec:
     micro_batch_size: int | None = 1
     rollout_batch_size: int | None = None
     hf_micro_batch_size: int | None = None
-    hf_cache: str = "dynamic"
+    hf_caches: tuple[str, ...] = HF_CACHES
     seed: int = 1
     matmul_sizes: tuple[int, ...] = (1024, 2048, 4096)
 
@@ -108,4 +110,5 @@ class Spec:
         """What `to_json` wrote."""
         values: Mapping[str, Any] = json.loads(text)
         model = ModelConfig(**values["model"])
-        return cls(**{**values, "model": model, "matmul_sizes": tuple(values["matmul_sizes"])})
+        lists = {name: tuple(values[name]) for name in ("matmul_sizes", "hf_caches")}
+        return cls(**{**values, "model": model, **lists})

@@ -26,7 +26,7 @@ def baseline() -> Baseline:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_rollouts_are_of_the_wanted_length_and_never_end(baseline: Baseline, cache: str) -> None:
-    baseline.spec = replace(baseline.spec, hf_cache=cache)
+    baseline.cache = cache
     rollouts = baseline.rollouts(random_cuts(POINT, 300, 0, 1), POINT)
     assert rollouts.shape == (3, 3, 4)
     assert not (rollouts == EOD).any()

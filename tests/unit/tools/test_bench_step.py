@@ -48,13 +48,17 @@ def test_the_default_model_is_that_of_the_targets() -> None:
 
 
 def test_medians_ratios_and_floor_by_hand() -> None:
-    hf = tuple(sample(seconds) for seconds in (30.0, 27.0, 90.0))
+    hf = {
+        "dynamic": tuple(sample(seconds) for seconds in (40.0, 20.0, 35.0)),
+        "static": tuple(sample(seconds) for seconds in (30.0, 27.0, 90.0)),
+    }
     prefix = (PrefixSample(1.0, 2.0), PrefixSample(1.1, 2.0), PrefixSample(9.0, 10.0))
-    found = step_report.as_json(sizes(), result(hf=hf, prefix=prefix, save=(0.2, 0.4, 0.3)))
+    found = step_report.as_json(sizes(), result(hf_by_cache=hf, prefix=prefix, save=(0.2, 0.4, 0.3)))
     assert found["seconds_per_step"] == 9.0
     assert found["parts"]["rollout"] == 4.5
     assert found["speedup_vs_hf"] == pytest.approx(30 / 9)
     assert found["hf"]["parts"]["train"] == pytest.approx(9.0)
+    assert (found["hf"]["cache"], found["hf"]["seconds_by_cache"]) == ("static", {"dynamic": 35.0, "static": 30.0})
     assert found["save_seconds"] == 0.3
     assert found["floor_seconds"] == pytest.approx(step_flops(sizes(), POINT.work()).total / 2e11)
     assert sum(found["floor_parts"].values()) == pytest.approx(found["floor_seconds"])
@@ -122,7 +126,7 @@ def test_the_sweep_over_the_judge_measures_the_policy_alone_in_every_repeat(monk
 
 def test_what_makes_times_unsure_is_said() -> None:
     assert step_report.warnings_of([result(sip=(sample(1.0), sample(1.05)))], 0.1) == []
-    busy = result(sip=(sample(1.0, others=0.9), sample(1.5)), hf=(sample(3.0),))
+    busy = result(sip=(sample(1.0, others=0.9), sample(1.5)), hf_by_cache={"static": (sample(3.0),)})
     said = step_report.warnings_of([busy], 2.0)
     assert len(said) == 3
     assert "load average was 2.00" in said[0]
@@ -132,9 +136,9 @@ def test_what_makes_times_unsure_is_said() -> None:
 
 def test_tables_show_every_part() -> None:
     console = Console(width=200, record=True)
-    console.print(step_report.table(sizes(), result(hf=(sample(30.0),))))
+    console.print(step_report.table(sizes(), result(hf_by_cache={"dynamic": (sample(30.0),)})))
     judged = result(Point(8, 8, 2, 2, judge_seconds=3.0))
-    compared = result(hf=(sample(27.0),), prefix=(PrefixSample(1.1, 2.0),))
+    compared = result(hf_by_cache={"static": (sample(27.0),)}, prefix=(PrefixSample(1.1, 2.0),))
     console.print(sweep_table("k", sizes(), [result(), judged, compared]))
     shown = console.export_text()
     for word in ("rollout", "judge wait", "optimizer", "hf / sip", "whole, median of 3", "step / longer", "1.50"):
@@ -254,6 +258,7 @@ def test_a_real_run_measures_every_arm_and_leaves_nothing(tmp_path: Path, capsys
             assert all(seconds > 0 for name, seconds in repeat["parts"].items() if name != "other")
             assert sum(repeat["parts"].values()) == pytest.approx(repeat["seconds"])
     assert found["hf"]["parts"]["judge_wait"] >= 0.3
+    assert set(found["hf"]["seconds_by_cache"]) == {"dynamic", "static"}
     # Six questions of a twentieth of a second each: no step is faster than its judge, though none waits for all of it.
     assert found["seconds_per_step"] > 0.28
     assert found["speedup_vs_hf"] == pytest.approx(found["hf"]["seconds_per_step"] / found["seconds_per_step"])
