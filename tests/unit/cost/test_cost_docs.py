@@ -67,6 +67,17 @@ def test_fifteen_trillion_tokens() -> None:
     assert f"The 70B with `logit` and adaptive {millions(large):.0f}M" in PAGE
 
 
+def test_what_sharing_the_prefix_saves_at_scale() -> None:
+    policy, whole = [], []
+    for name in ("8B, 128, written", "70B, 2048, written"):
+        case = EXAMPLES[name]
+        shared, apart = make_plan(case), make_plan(with_run(case, shared_prefix=False, prefill_once=False))
+        policy.append(apart.policy_busy / shared.policy_busy)
+        whole.append((apart.policy_busy + apart.judge_busy) / (shared.policy_busy + shared.judge_busy))
+    assert f"{policy[0]:.1f} times (8B, 128 GPUs) and {policy[1]:.1f} times (70B) as much" in PAGE
+    assert f"with written verdicts {whole[0]:.2f} and {whole[1]:.2f} times" in PAGE
+
+
 def test_the_papers_run() -> None:
     plan = make_plan(PAPER)
     for part in ("prefill", "decode", "train", "gradient_reduce", "optimizer", "total"):
