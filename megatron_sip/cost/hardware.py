@@ -19,6 +19,9 @@ class Cluster:
     memory_bandwidth_tb: float = assumed(3.35, "memory bandwidth of a GPU, 10^12 bytes/s", H100)
     host_bandwidth_gb: float = assumed(50.0, "host to GPU, 10^9 bytes/s", "ours: PCIe 5 x16 has 64 in theory")
     network_bandwidth_gb: float = assumed(50.0, "network of a GPU, 10^9 bytes/s", "400 Gbit/s a GPU, arXiv 2407.21783")
+    weights_folder_gb: float = assumed(
+        2.0, "folder of --rollout-weights-dir, 10^9 bytes/s", "ours: a shared file system"
+    )
     memory_reserve: float = assumed(0.1, "share of a GPU's memory for context, buffers, fragments", "ours")
 
 

@@ -87,11 +87,10 @@ def policy_seconds(
 
 
 def _push_seconds(model: ModelSizes, run: RunSettings, cluster: Cluster) -> float:
-    """Fresh weights to a server: each of its GPUs receives its share."""
+    """Fresh weights to the servers: one rank gathers all and writes them to a folder, then the servers read that."""
     if run.rollout_engine != "vllm":
         return 0.0
-    share = run.element_bytes * model.parameters / run.rollout_tensor_parallel_size
-    return share / (1e9 * cluster.network_bandwidth_gb)
+    return 2 * run.element_bytes * model.parameters / (1e9 * cluster.weights_folder_gb)
 
 
 def _reduce_seconds(

@@ -125,7 +125,8 @@ def test_what_moves_data_only() -> None:
     hidden = seconds(replace(RUN, overlap_grad_reduce=True), PAPER.cluster).gradient_reduce
     assert 0 < hidden < found.gradient_reduce
     pushed = seconds(replace(RUN, rollout_engine="vllm", rollout_gpus=8), PAPER.cluster)
-    assert pushed.weight_push == pytest.approx(2 * LLAMA_1B4.parameters / 50e9)
+    # bf16, written by one rank and read by the servers (docs/rollouts.md), however many GPUs these have.
+    assert pushed.weight_push == pytest.approx(2 * 2 * LLAMA_1B4.parameters / 2e9)
     assert found.weight_push == 0
 
 
