@@ -326,6 +326,16 @@ class LoggingConfig:
     """JSONL file with every candidate, its scores, and what was chosen and rejected."""
     sample_log_interval: int = 10
     """Iterations between two tables of samples on the console."""
+    profile: bool = False
+    """Record a trace of some iterations with torch's profiler (Chrome's format); see docs/performance.md."""
+    profile_step_start: int = 10
+    """Iterations that are done before the trace begins."""
+    profile_step_end: int = 12
+    """Last iteration of the trace, so that the defaults trace iterations 11 and 12."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that record one."""
+    profile_dir: str | None = None
+    """Folder of the traces; default that of --tensorboard-dir, or profile in the folder of --save."""
 
 
 @dataclass(frozen=True)

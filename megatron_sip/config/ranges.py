@@ -17,7 +17,7 @@ _AT_LEAST_ONE = (
     *("max_prefix_length", "min_document_length", "micro_batch_size", "global_batch_size", "train_iters"),
     "logits_chunk_mib",
     *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
-    "rollout_concurrency",
+    *("rollout_concurrency", "profile_step_end"),
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
     *("judge_votes", "judge_max_tokens", "judge_missing_window", "loss_spike_window"),
     *("judge_concurrency", "rewrite_interval", "rewrite_ahead", "save_interval", "log_interval", "sample_log_interval"),
@@ -41,7 +41,7 @@ _AT_LEAST_ZERO = (
     *("prefix_ntp_weight", "curriculum_rollout_start", "curriculum_rollout_ramp", "curriculum_bonus"),
     *("curriculum_bonus_iters", "quality_weight", "safety_weight", "factuality_weight", "likelihood_weight"),
     *("classifier_weight", "judge_temperature", "judge_retries", "rewriter_temperature", "max_rollbacks"),
-    *("reward_weight", "reward_label", "rollout_retries"),
+    *("reward_weight", "reward_label", "rollout_retries", "profile_step_start"),
 )
 _ABOVE_ZERO_UP_TO_ONE = ("top_p", "judge_top_p", "rewriter_top_p", "adaptive_confidence")
 _ZERO_TO_ONE = ("judge_lag", "min_answered_fraction", "screen_safety_below", "screen_repetition_above")

@@ -14,6 +14,7 @@ from megatron_sip.config.presets import require_sizes, with_preset
 from megatron_sip.config.ranges import out_of_range
 from megatron_sip.config.stages import largest_stage
 from megatron_sip.config.timeouts import stage_timeouts
+from megatron_sip.config.validate_profile import profile_problems
 from megatron_sip.errors import ConfigError
 
 
@@ -32,6 +33,7 @@ def validate(config: Config, world_size: int) -> None:
         require_sizes(model)
     problems = [*_layout(config, world_size), *_model(config, model), *_batch(config, world_size)]
     problems += [*_schedule(config), *_lengths(config, model), *_folders(config), *_timeouts(config)]
+    problems += profile_problems(config, world_size)
     if config.training.objective != "ntp":
         from megatron_sip.config.validate_preference import preference_problems
         from megatron_sip.config.validate_rollout import rollout_problems

@@ -27,6 +27,7 @@ from megatron_sip.parallel.ending import FAILED, HUNG, NOT_AGREED, ORPHANED, REF
 from megatron_sip.parallel.inquest import Place, Report, standing
 from megatron_sip.parallel.meeting import Meeting
 from megatron_sip.parallel.post import ANSWER_SECONDS, Alarm, Post, Verdict
+from megatron_sip.parallel.regions import region
 from megatron_sip.parallel.signals import StopSignal
 
 AGREE_SECONDS = 10.0
@@ -117,7 +118,8 @@ class StageWatch:
         self._standing = Standing(place, now, now)
         self._depth += 1
         try:
-            yield
+            with region(name):
+                yield
         finally:
             self._depth -= 1
         # Behind an error the place stays, for the message.

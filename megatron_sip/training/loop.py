@@ -30,6 +30,7 @@ from megatron_sip.training.overlap import Overlap, lag_of
 from megatron_sip.training.preferences import BegunBatch
 from megatron_sip.training.report import Reporter
 from megatron_sip.training.restart import continued, note_found
+from megatron_sip.training.trace import StepTracer
 from megatron_sip.training.upcoming import Upcoming
 from megatron_sip.types import Cut
 
@@ -111,6 +112,9 @@ class Run:
             self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
         )
         self._opened.callback(self.maker.close)
+        self.tracer = StepTracer(self.config, world.rank)
+        together(lambda: self.tracer.prepare(progress.iteration))
+        self._opened.callback(self.tracer.write)
         self.upcoming = Upcoming(self.config, self.maker, self.cuts)
         self.overlap: Overlap[BegunBatch] = Overlap(lag_of(self.config), self.config.training.train_iters)
 
@@ -120,13 +124,18 @@ class Run:
         self.watch.begin_steps()
         try:
             while not course.ended and not self.boundaries.between_steps():
-                self.step(course.progress.iteration)
-                if course.stuck:
-                    self.overlap.forget()
-                    self.upcoming.forget()
-                    course.roll_back(reporter)
-                else:
-                    course.save_if_due()
+                iteration = course.progress.iteration
+                with self.tracer.iteration(iteration + 1):
+                    self.step(iteration)
+                    if course.stuck:
+                        self.overlap.forget()
+                        self.upcoming.forget()
+                        course.roll_back(reporter)
+                    else:
+                        course.save_if_due()
+                if self.tracer.due(iteration + 1):
+                    with self.watch.stage("report"):
+                        self.leader.together(self.tracer.write)
             if not course.ended:
                 reporter.say(f"stopping after iteration {course.progress.iteration}: {self.watch.stop.reason}")
         except StopRequestedError:

@@ -18,6 +18,7 @@ from megatron_sip.loss.reduce import GlobalCounts, LossWeights, ObjectiveTerms, 
 from megatron_sip.loss.segments import ReferenceLogps, SegmentLogps, of_pairs, segment_sums
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.model.reference import ReferencePolicy
+from megatron_sip.parallel.regions import region
 from megatron_sip.parallel.world import World
 from megatron_sip.preference.layout import ScoredTokens, position_ids, scored_tokens
 from megatron_sip.preference.micro_batches import MicroRows, by_length, padding, places
@@ -110,9 +111,11 @@ class PolicyTrainer:
         if counts.of(self.weights.primary) == 0:
             return StepResult("no_pairs", None, {}, 0.0, 0.0)
         started = time.perf_counter()
-        reference = self.reference_logps(batch) if self.reference else None
+        with region("reference"):
+            reference = self.reference_logps(batch) if self.reference else None
         middle = time.perf_counter()
-        metrics = self.forward_backward(batch, reference, counts)
+        with region("forward_backward"):
+            metrics = self.forward_backward(batch, reference, counts)
         finite, loss = self._outcome(metrics)
         skipped = "" if finite else "non_finite"
         if finite and self.spikes.is_spike(self.recent_losses, loss):

@@ -5,6 +5,9 @@ The rate is high, so that rollouts that were written anew by other weights would
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 from repeats import record_differences, tensor_differences
 from runs import Case, Runs
@@ -17,6 +20,7 @@ LAG = (
     *("--judge-lag", "1", "--rollout-batch-size", "1", "--lr", "2e-2"),
     *("--train-iters", str(STEPS), "--lr-decay-iters", str(STEPS)),
 )
+TRACE = ("--profile", "--profile-step-start", "3", "--profile-step-end", "6")
 BEGUN = ("lag", SAVED)
 AHEAD = ("--save-interval", "2", "--max-skipped-iterations", "2")
 CASES = (
@@ -25,7 +29,7 @@ CASES = (
     Case("lag-dp2", LAG, copy_of=BEGUN),
     Case("lag-pp2", (*LAG, "--pipeline-model-parallel-size", "2"), copy_of=BEGUN),
     # The step under way is discarded, with the half of it that belongs to the next batch.
-    Case("lag-stopped", (*LAG, *TP2, "--sigterm-grace", "0"), {"stopped_at": 5, "rank": 1}),
+    Case("lag-stopped", (*LAG, *TP2, *TRACE, "--sigterm-grace", "0"), {"stopped_at": 5, "rank": 1}),
     Case("lag-continued", (*LAG, *TP2), copy_of=("lag-stopped", 4)),
     Case("lag-told", (*LAG, *AHEAD), {"jumped": [[12, 20]]}),
     Case("lag-nan", (*LAG, *AHEAD), {"samples": [12, 19], "factor": "nan"}),
@@ -49,6 +53,14 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(runs: Runs, name: str
 def test_a_stop_with_a_waiting_batch_saves_the_last_whole_step(runs: Runs) -> None:
     assert "stopping after iteration 4: " in runs.said("lag-stopped")
     assert [step["iteration"] for step in runs.steps("lag-stopped")] == [1, 2, 3, 4]
+
+
+def test_a_stop_ends_the_trace_that_is_recorded(runs: Runs) -> None:
+    folder = runs.saved("lag-stopped") / "profile"
+    with gzip.open(folder / "rank_0.iterations_4_5.pt.trace.json.gz") as file:
+        names = {event["name"] for event in json.load(file)["traceEvents"]}
+    assert {"sip::iteration 4", "sip::iteration 5", "sip::save"} <= names
+    assert "sip::optimizer" in (folder / "rank_0.iterations_4_5.txt").read_text()
 
 
 @pytest.mark.parametrize("layout", ["lag-dp2", "lag-pp2"])

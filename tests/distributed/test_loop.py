@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -46,8 +47,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def unbroken(runs: Runs) -> list[dict]:
-    """Six steps of online DPO at TP2 with a checkpoint at the third."""
-    lines = runs("unbroken", 2, "--tensor-model-parallel-size", "2", "--save-interval", "3")
+    """Six steps of online DPO at TP2 with a checkpoint at the third, of which one rank records a trace."""
+    trace = ("--profile", "--profile-step-start", "2", "--profile-step-end", "3", "--profile-ranks", "1")
+    lines = runs("unbroken", 2, "--tensor-model-parallel-size", "2", "--save-interval", "3", *trace)
     assert "iteration        6/" in runs.output
     return lines
 
@@ -67,6 +69,26 @@ def test_online_dpo_trains_pairs(unbroken: list[dict]) -> None:
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     assert all(line["consumed_samples"] == 4 * line["iteration"] for line in unbroken)
     assert any(line["rewards/margins"] > 0 for line in unbroken[1:])
+
+
+def test_a_trace_shows_the_parts_of_the_step(runs: Runs, unbroken: list[dict]) -> None:
+    folder = runs.root / "unbroken" / "profile"
+    name = "rank_1.iterations_3_3"
+    assert sorted(file.name for file in folder.iterdir()) == [f"{name}.pt.trace.json.gz", f"{name}.txt"]
+    with gzip.open(folder / f"{name}.pt.trace.json.gz") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("dur") is not None]
+    parts = {event["name"]: event for event in events if event["name"].startswith("sip::")}
+    inside = ("rollout", "judge", "train", "reference", "forward_backward", "optimizer", "save")
+    assert parts.keys() >= {"sip::iteration 3", *(f"sip::{part}" for part in inside)}
+    whole = parts["sip::iteration 3"]
+    for part in inside:
+        event = parts[f"sip::{part}"]
+        assert whole["ts"] <= event["ts"], part
+        assert event["ts"] + event["dur"] <= whole["ts"] + whole["dur"] + 1, part
+    assert any(event["name"] == "aten::mm" for event in events)
+    table = (folder / f"{name}.txt").read_text()
+    assert "sip::optimizer" in table
+    assert "aten::" in table
 
 
 def test_resume_is_bitwise_equal_at_the_same_layout(runs: Runs, unbroken: list[dict]) -> None:
