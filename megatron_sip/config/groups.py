@@ -200,6 +200,9 @@ class RolloutConfig:
     """Let a rollout end at end-of-document; otherwise that token is never sampled."""
     rollout_batch_size: int | None = None
     """Prefixes of one rollout wave on one data parallel rank; default all."""
+    rollout_pipeline_groups: int | None = None
+    """Groups of a wave's prefixes that pass the pipeline stages one behind the other, so that no stage is idle; default
+    as many as there are stages."""
     rollout_engine: Literal["megatron", "vllm"] = "megatron"
     """Who writes the rollouts: the training processes with their own weights, or vLLM servers that are sent the
     weights before every step; see docs/rollouts.md."""

@@ -17,7 +17,7 @@ _AT_LEAST_ONE = (
     *("max_prefix_length", "min_document_length", "micro_batch_size", "global_batch_size", "train_iters"),
     "logits_chunk_mib",
     *("max_skipped_iterations", "num_threads", "lr_decay_iters", "num_rollouts", "rollout_batch_size"),
-    *("rollout_concurrency", "profile_step_end"),
+    *("rollout_concurrency", "rollout_pipeline_groups", "profile_step_end"),
     *("reference_update_interval", "judge_max_context", "judge_interval", "likelihood_interval"),
     *("judge_votes", "judge_max_tokens", "judge_missing_window", "loss_spike_window"),
     *("judge_concurrency", "rewrite_interval", "rewrite_ahead", "save_interval", "log_interval", "sample_log_interval"),

@@ -29,6 +29,12 @@ def rollout_problems(config: Config) -> Iterator[str]:
                     f"{flag_of(name)} is given, but --rollout-engine megatron asks no server; say --rollout-engine "
                     f"vllm, or leave {flag_of(name)} out"
                 )
+        stages = config.parallel.pipeline_model_parallel_size
+        if stages == 1 and (rollout.rollout_pipeline_groups or 1) > 1:
+            yield (
+                f"--rollout-pipeline-groups {rollout.rollout_pipeline_groups} would fill the stages of a pipeline, and "
+                "--pipeline-model-parallel-size is 1; leave it out"
+            )
         return
     if not rollout.rollout_url:
         yield (
@@ -40,6 +46,11 @@ def rollout_problems(config: Config) -> Iterator[str]:
         yield (
             f"--rollout-batch-size {rollout.rollout_batch_size} bounds the memory of --rollout-engine megatron; a vLLM "
             "server plans its own, so leave it out"
+        )
+    if rollout.rollout_pipeline_groups is not None:
+        yield (
+            f"--rollout-pipeline-groups {rollout.rollout_pipeline_groups} fills the trainer's pipeline, through which "
+            "--rollout-engine vllm sends nothing; leave it out"
         )
     try:
         parse_endpoints(rollout_settings(rollout))

@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 from megatron_sip.cost.hardware import Cluster, Efficiency, PartWork
 from megatron_sip.cost.measured import PARTS, MeasuredStep
 from megatron_sip.cost.memory import memory_per_gpu, stage_parameters
-from megatron_sip.cost.parts import StepParts, spread_of_rollouts, step_parts
+from megatron_sip.cost.parts import StepParts, spread_of_training, step_parts
 from megatron_sip.cost.timing import policy_seconds
 from megatron_sip.errors import ConfigError
 
@@ -42,7 +42,7 @@ class Checked:
 def work_of(step: MeasuredStep) -> StepParts:
     """The work of a measured step on its busiest rank."""
     wave = step.run.rollout_batch_size or step.run.global_batch_size
-    waves = -(-step.run.global_batch_size // (wave * spread_of_rollouts(step.run, step.ranks).dp))
+    waves = -(-step.run.global_batch_size // (wave * spread_of_training(step.run, step.ranks).dp))
     return step_parts(step.model, step.run, step.ranks, waves)
 
 

@@ -80,6 +80,8 @@ def _step(data: Mapping[str, Any], point: Mapping[str, Any]) -> MeasuredStep:
         global_batch_size=point["batch"],
         micro_batch_size=data["micro_batch_size"] or point["batch"],
         rollout_batch_size=data["rollout_batch_size"],
+        # Files that do not tell are of the time in which all rows passed the stages together.
+        rollout_pipeline_groups=data.get("rollout_pipeline_groups", 1),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         sequence_parallel=data["sequence_parallel"] and tp > 1,

@@ -9,6 +9,7 @@ from megatron_sip.cost.flops import Flops, step_flops
 from megatron_sip.cost.hardware import PartWork
 from megatron_sip.cost.settings import RunSettings
 from megatron_sip.cost.sizes import ModelSizes
+from megatron_sip.rollout.stagger import rollout_turns
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Spread:
         """Time of a pass over that of one stage's whole share: 1 where the stages are never idle, PP for one group."""
         return (self.groups + self.pp - 1) / self.groups
 
-    def of(self, flops: Flops) -> tuple[float, float]:
+    def of(self, flops: Flops, in_sequence: float | None = None) -> tuple[float, float]:
         """(dense, attention) operations of a pass over all rows, in the sequence of one device."""
-        share = self.in_sequence / (self.tp * self.pp * self.dp)
+        share = (in_sequence or self.in_sequence) / (self.tp * self.pp * self.dp)
         return (flops.linear + flops.head) * share, flops.attention * share
 
 
@@ -49,20 +50,25 @@ def spread_of_training(run: RunSettings, gpus: int) -> Spread:
     return Spread(run.tensor_model_parallel_size, run.pipeline_model_parallel_size, dp, micro_batches)
 
 
-def spread_of_rollouts(run: RunSettings, gpus: int) -> Spread:
-    """Rollouts: on the trainer's GPUs, or on the copies of the model that the vllm engine has."""
+def spread_of_rollouts(run: RunSettings, gpus: int, waves: int) -> Spread:
+    """Rollouts: on the trainer's GPUs, or on the copies of the model that the vllm engine has.
+
+    The groups are made of whole prefixes, so that a wave has no more groups than prefixes.
+    """
     if run.rollout_engine == "vllm":
         tp = run.rollout_tensor_parallel_size
         return Spread(tp=tp, dp=run.rollout_gpus // tp)
     tp, pp = run.tensor_model_parallel_size, run.pipeline_model_parallel_size
-    return Spread(tp, pp, gpus // run.model_parallel, run.rollout_groups)
+    dp = gpus // run.model_parallel
+    prefixes = -(-run.global_batch_size // (dp * waves))
+    return Spread(tp, pp, dp, min(run.rollout_pipeline_groups or pp, prefixes))
 
 
 def step_parts(model: ModelSizes, run: RunSettings, gpus: int, waves: int) -> StepParts:
     """What a step asks of the busiest device. `waves` of prefixes are rolled out one after the other."""
     work = run.work()
     flops = step_flops(model, work)
-    training, rollouts = spread_of_training(run, gpus), spread_of_rollouts(run, gpus)
+    training, rollouts = spread_of_training(run, gpus), spread_of_rollouts(run, gpus, waves)
     stage = largest_stage(model.num_layers, run.pipeline_model_parallel_size)
     passes = training.groups + training.pp - 1
     forward = training.of(flops.reference if work.reference else Flops())
@@ -85,9 +91,8 @@ def _decode(model: ModelSizes, run: RunSettings, spread: Spread, flops: Flops, w
     """
     groups, stages = spread.groups, spread.pp
     layers = largest_stage(model.num_layers, stages)
-    # In turns: one is that of a group in a stage. A token's round takes as many as there are groups, or stages where
-    # these are more, and the next round follows at once: between two tokens no stage is idle for that.
-    turns = max(groups, stages)
+    # Turns of a token, one for each group in a stage; between two blocks of tokens the pipeline empties and fills.
+    turns = rollout_turns(stages, groups, run.suffix_length) / run.suffix_length
     # The last stage has the LM head as well. It is the busiest where all are busy; else a round passes it once.
     heads = groups if groups >= stages else 1
     tokens, shares = run.suffix_length * waves, groups * spread.tp * spread.dp

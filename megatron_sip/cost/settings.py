@@ -48,7 +48,9 @@ class RunSettings:
     rollout_engine: Literal["megatron", "vllm"] = setting("megatron", "where rollouts are written")
     rollout_gpus: int = setting(0, "further GPUs, of the vllm engine")
     rollout_tensor_parallel_size: int = setting(1, "GPUs that share a model of the vllm engine")
-    rollout_groups: int = setting(1, "groups of rows that fill the pipeline stages while decoding")
+    rollout_pipeline_groups: int | None = setting(
+        RolloutConfig.rollout_pipeline_groups, "groups of rows that fill the stages in rollouts; none: as many as PP"
+    )
     reference_update_interval: int = setting(ReferenceConfig.reference_update_interval, "steps between updates")
     shared_prefix: bool = setting(True, "one row [prefix | chosen | rejected], else a row for each candidate")
     prefill_once: bool = setting(True, "a prefix is prefilled once, and its cache kept once, for its K rollouts")

@@ -64,9 +64,9 @@ def policy_seconds(
     model: ModelSizes, run: RunSettings, cluster: Cluster, efficiency: Efficiency, memory: Memory
 ) -> PolicySeconds:
     """One step of the policy, without its judge."""
-    training, rollouts = spread_of_training(run, cluster.gpus), spread_of_rollouts(run, cluster.gpus)
+    training = spread_of_training(run, cluster.gpus)
     waves = -(-run.global_batch_size // (training.dp * memory.wave)) if run.rollout_engine == "megatron" else 1
-    parts = step_parts(model, run, cluster.gpus, waves)
+    parts, rollouts = step_parts(model, run, cluster.gpus, waves), spread_of_rollouts(run, cluster.gpus, waves)
     speed = rates(cluster, efficiency, rollouts.tp)
     padded = efficiency.row_padding
     train = speed["train"].seconds(parts.train) * padded

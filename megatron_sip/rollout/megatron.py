@@ -4,34 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_sip.model.decode import DecodeStage
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.world import World
-from megatron_sip.rollout.cache import DecodeCache, PrefillCache
 from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
-from megatron_sip.rollout.sampling import sample_tokens, uniforms
+from megatron_sip.rollout.groups import RowGroup, divide
+from megatron_sip.rollout.pipeline import RowPipeline
+from megatron_sip.rollout.sampling import sample_tokens
+from megatron_sip.rollout.stagger import BOUNDARY_TOKENS
 from megatron_sip.types import TokenArray
-
-BOUNDARY_TOKENS = 16
-"""Tokens of all rows between two questions whether to go on."""
-
-LOOK_TOKENS = 4
-"""Tokens of all rows between two looks whether every row has ended; up to so many less one are written for nothing."""
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 class MegatronEngine:
     """Decodes on the weights that are trained, so no copy is made and none can be stale.
 
-    `wave` bounds the prefixes that are decoded together (memory); None takes all at once. `at_boundary` is called
-    every `BOUNDARY_TOKENS` tokens, equally often on all ranks, and may raise to give the rollouts up.
+    `wave` bounds the prefixes that are decoded together (memory); None takes all at once. The prefixes of a wave pass
+    the pipeline stages in `groups`; None: as many as there are stages. `at_boundary` is called every `block` tokens,
+    equally often on all ranks, and may raise to give the rollouts up.
     """
 
     def __init__(
@@ -40,12 +31,17 @@ class MegatronEngine:
         world: World,
         wave: int | None = None,
         at_boundary: Callable[[], None] = lambda: None,
+        groups: int | None = None,
+        block: int = BOUNDARY_TOKENS,
     ) -> None:
         self.policy = policy
         self.world = world
         self.wave = wave
         self.at_boundary = at_boundary
+        self.groups = groups or world.pp_size
+        self.block = block
         self.multiple = world.tp_size if policy.config.sequence_parallel else 1
+        self.pipeline = RowPipeline(world, policy.config.hidden_size, policy.config.pipeline_dtype, self.multiple)
         self.bypasses = DecodeStage.fits(policy)
         """Whether tokens are decoded without megatron-core's wrappers."""
 
@@ -79,103 +75,68 @@ class MegatronEngine:
         """Nothing is open."""
 
     def _wave(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
-        """Prefill each prefix once, then decode all rows together."""
-        lengths = torch.tensor([len(prefix) for prefix in prefixes])
-        layout = torch.stack([lengths, torch.zeros_like(lengths), torch.zeros_like(lengths)], dim=1)
-        prefill = PrefillCache(layout)
-        logits = self._prefill(prefixes, lengths, prefill)
-        k, device = sampling.num_rollouts, self.world.device
-        draws = torch.from_numpy(
-            np.stack([uniforms(sampling.seed, i, j, sampling.max_new_tokens) for i in sample_indices for j in range(k)])
-        ).to(device)
-        tokens = torch.zeros(len(draws), sampling.max_new_tokens, dtype=torch.int64, device=device)
-        cache = DecodeCache(prefill, k, sampling.max_new_tokens)
+        """Prefill each prefix once and decode all its rows together, in groups, block after block of tokens."""
+        k, count = sampling.num_rollouts, sampling.max_new_tokens
+        tokens = torch.zeros(len(prefixes) * k, count, dtype=torch.int64, device=self.world.device)
+        parts = divide(len(prefixes), self.groups)
         # Made anew for each wave, because the weights change between two calls.
-        stage = DecodeStage(self.policy, len(draws)) if self.bypasses else self.policy
-        positions = lengths.repeat_interleave(k).to(device)
-        ended = torch.zeros(len(draws), dtype=torch.bool, device=device)
-        all_ended = False
-        for step in range(sampling.max_new_tokens):
-            if step % BOUNDARY_TOKENS == 0:
-                self.at_boundary()
-            if all_ended:
+        rows = k * max(some.stop - some.start for some in parts)
+        stage = DecodeStage(self.policy, rows) if self.bypasses else self.policy
+        groups = [
+            RowGroup(prefixes[some], sample_indices[some], sampling, tokens[some.start * k : some.stop * k], stage)
+            for some in parts
+        ]
+        for first in range(0, count, self.block):
+            self.at_boundary()
+            groups = [group for group in groups if not group.ended(first)]
+            if not groups:
                 continue  # other data parallel ranks may still write, and meet at the boundaries
-            if step:
-                logits = self._decode(tokens[:, step - 1], positions + (step - 1), cache, stage)
-            elif logits is not None:
-                logits = logits.repeat_interleave(k, dim=0)
-            tokens[:, step] = self._pick(logits, draws[:, step], sampling, len(draws)).masked_fill(ended, 0)
-            if sampling.stop_at_eod:
-                ended |= tokens[:, step] == sampling.eod
-                # Looking makes the host wait for the device.
-                all_ended = step % LOOK_TOKENS == 0 and bool(ended.all())
+            block = slice(first, min(first + self.block, count))
+            self.pipeline.write(groups, block, self._pass)
+            self.pipeline.tell(tokens[:, block])
         return _as_rollouts(tokens.cpu(), k, sampling)
 
-    def _prefill(
-        self, prefixes: Sequence[TokenArray], lengths: torch.Tensor, cache: PrefillCache
-    ) -> torch.Tensor | None:
-        """Logits `[prefixes, padded_vocab / tp]` behind each prefix, on the last stage."""
-        width = _round_up(int(lengths.max()), self.multiple)
-        ids = torch.zeros(len(prefixes), width, dtype=torch.int64)
-        for row, prefix in enumerate(prefixes):
-            ids[row, : len(prefix)] = torch.from_numpy(prefix)
-        positions = torch.arange(width).expand(len(prefixes), width)
-        sources = (torch.arange(len(prefixes)), lengths - 1)
-        return self._through_stages(ids, positions, cache, sources, width, len(prefixes), self.policy)
+    def _pass(self, group: RowGroup, step: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """This stage's part of token `step`: hidden states for the next stage, or on the last one the tokens."""
+        if hidden is not None:
+            self.policy.set_input_tensor(hidden)
+        out = self._decode(group, step) if step else self._prefill(group)
+        if not self.world.last_stage:
+            return out
+        if step == 0:
+            out = out.repeat_interleave(group.sampling.num_rollouts, dim=0)
+        group.tokens[:, step] = self._pick(out, group.draws[:, step], group.sampling)
+        return None
 
-    def _decode(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        cache: DecodeCache,
-        stage: Callable[..., torch.Tensor],
-    ) -> torch.Tensor | None:
-        """Logits `[rows, padded_vocab / tp]` behind one more token of every row, on the last stage."""
-        rows = len(tokens)
-        width = _round_up(rows, self.multiple)
-        ids = torch.nn.functional.pad(tokens, (0, width - rows))[None]
-        places = torch.nn.functional.pad(positions, (0, width - rows))[None]
-        row = torch.arange(rows, device=tokens.device)
-        logits = self._through_stages(ids, places, cache, (torch.zeros_like(row), row), width, 1, stage)
-        cache.step += 1
+    def _prefill(self, group: RowGroup) -> torch.Tensor:
+        """Hidden states of this stage, on the last one logits `[prefixes, padded_vocab / tp]` behind each prefix."""
+        width, count = group.shape(0, self.multiple)
+        ids = torch.zeros(count, width, dtype=torch.int64)
+        for row, prefix in enumerate(group.prefixes):
+            ids[row, : len(prefix)] = torch.from_numpy(prefix)
+        device = self.world.device
+        positions = torch.arange(width, device=device).expand(count, width)
+        ends = torch.arange(count, device=device), (group.lengths - 1).to(device)
+        logits: torch.Tensor = self.policy(ids.to(device), positions, group.cache, ends)
         return logits
 
-    def _through_stages(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        cache: PrefillCache | DecodeCache,
-        sources: tuple[torch.Tensor, torch.Tensor],
-        width: int,
-        batch: int,
-        stage: Callable[..., torch.Tensor],
-    ) -> torch.Tensor | None:
-        """Pass hidden states from stage to stage; this rank's logits `[n, padded_vocab / tp]` on the last one."""
-        world, device = self.world, self.world.device
-        if not world.first_stage:
-            shape = (width // self.multiple, batch, self.policy.config.hidden_size)
-            hidden = torch.empty(shape, dtype=self.policy.config.pipeline_dtype, device=device)
-            dist.recv(hidden, group=world.pp_group, group_src=world.pp_rank - 1)
-            self.policy.set_input_tensor(hidden)
-        to_device = (sources[0].to(device), sources[1].to(device))
-        out = stage(ids.to(device), positions.to(device), cache, to_device)
-        if not world.last_stage:
-            dist.send(out.contiguous(), group=world.pp_group, group_dst=world.pp_rank + 1)
-            return None
+    def _decode(self, group: RowGroup, step: int) -> torch.Tensor:
+        """The same with token `step - 1` of every row; logits `[rows, padded_vocab / tp]` behind it."""
+        cache, rows = group.decoding(), group.rows
+        padding = (0, group.shape(step, self.multiple)[0] - rows)
+        ids = torch.nn.functional.pad(group.tokens[:, step - 1], padding)[None]
+        places = torch.nn.functional.pad(group.positions + (step - 1), padding)[None]
+        row = torch.arange(rows, device=ids.device)
+        out = group.stage(ids, places, cache, (torch.zeros_like(row), row))
+        cache.step += 1
         return out
 
-    def _pick(self, logits: torch.Tensor | None, draws: torch.Tensor, sampling: Sampling, rows: int) -> torch.Tensor:
-        """One token a row, `[rows]`, drawn on the last stage and told to the others; the same on all ranks."""
-        world = self.world
-        picked = torch.empty(rows, dtype=torch.int64, device=world.device)
-        if logits is not None:
-            column = sampling.eod - world.tp_rank * logits.shape[1]
-            if not sampling.stop_at_eod and 0 <= column < logits.shape[1]:
-                logits[:, column] = float("-inf")
-            picked = sample_tokens(logits, draws, sampling.temperature, sampling.top_p, world.tp_group)
-        if world.pp_size > 1:
-            dist.broadcast(picked, group=world.pp_group, group_src=world.pp_size - 1)
-        return picked
+    def _pick(self, logits: torch.Tensor, draws: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        """One token a row, `[rows]`, on the last stage; the same on all its ranks."""
+        column = sampling.eod - self.world.tp_rank * logits.shape[1]
+        if not sampling.stop_at_eod and 0 <= column < logits.shape[1]:
+            logits[:, column] = float("-inf")
+        return sample_tokens(logits, draws, sampling.temperature, sampling.top_p, self.world.tp_group)
 
 
 def _as_rollouts(tokens: torch.Tensor, num_rollouts: int, sampling: Sampling) -> Rollouts:

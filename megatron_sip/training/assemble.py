@@ -164,7 +164,8 @@ def _rollout_engine(
 
     if config.rollout.rollout_engine == "vllm":
         return VllmEngine(policy, config, world, leader, at_boundary)
-    return MegatronEngine(policy, world, config.rollout.rollout_batch_size, at_boundary)
+    rollout = config.rollout
+    return MegatronEngine(policy, world, rollout.rollout_batch_size, at_boundary, rollout.rollout_pipeline_groups)
 
 
 def build_trainer(config: Config, world: World) -> PolicyTrainer:

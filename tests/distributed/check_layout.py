@@ -8,6 +8,7 @@ With bf16 the bounds are those of the format: it has 8 bits of mantissa.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,18 @@ def batch_of(indices: list[int], multiple: int) -> PreferenceBatch:
         valid=torch.tensor([0.0 if index in oracle.INVALID else 1.0 for index in indices]),
         sample_index=torch.tensor(indices),
     )
+
+
+class CountedCalls:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.calls = 0
+
+    def __call__(self, *positional: Any) -> Any:
+        self.calls += 1
+        return self.function(*positional)
 
 
 class LayoutCheck:
@@ -187,27 +200,51 @@ class LayoutCheck:
             ending = engine.generate(prefixes, self.indices, replace(sampled, temperature=5.0, eod=7, stop_at_eod=True))
             stop = (ending.tokens == 7).any(-1)
             assert torch.equal(ending.lengths[~stop], torch.full_like(ending.lengths[~stop], oracle.NEW_TOKENS))
-            self.stops_when_all_ended(engine, prefixes[0], replace(greedy, stop_at_eod=True))
+            self.ends(prefixes, sampled)
         else:
             self.same_samples(rollouts.tokens, torch.load(samples_file)[self.indices], sampled)
         assert engine.bypasses != self.policy.config.sequence_parallel
         engine.bypasses = False  # megatron-core runs the layers
         self.same_samples(engine.generate(prefixes, self.indices, sampled).tokens, rollouts.tokens, sampled)
+        if self.world.pp_size > 1:
+            self.groups(prefixes, sampled, rollouts.tokens)
 
-    def stops_when_all_ended(self, engine: Any, prefix: np.ndarray, greedy: Sampling) -> None:
-        """No token is computed behind the look that finds all rows at their end."""
-        from megatron_sip.rollout.megatron import LOOK_TOKENS
+    def groups(self, prefixes: list[np.ndarray], sampled: Sampling, wanted: torch.Tensor) -> None:
+        """The tokens do not hang on how many groups pass the stages, nor on which of them end early."""
+        from megatron_sip.rollout.megatron import MegatronEngine
 
-        unused = replace(greedy, eod=oracle.VOCAB - 1)
-        row = engine.generate([prefix], self.indices[:1], unused).row(0, 0)
-        assert len(row) == oracle.NEW_TOKENS
-        first = row.index(row[2])
-        steps, decode = [], engine._decode
-        engine._decode = lambda *given: steps.append(None) or decode(*given)
-        ended = engine.generate([prefix], self.indices[:1], replace(greedy, eod=row[2]))
-        del engine._decode
-        assert ended.lengths.tolist() == [[first + 1] * 2]
-        assert len(steps) == -(-first // LOOK_TOKENS) * LOOK_TOKENS < oracle.NEW_TOKENS - 1
+        # Blocks of 5 tokens: the last one is shorter. As many groups as stages, a number that does not divide the
+        # prefixes, one each, and more than there are.
+        for groups, wave in ((1, None), (None, None), (3, None), (8, None), (11, 5)):
+            meetings: list[None] = []
+            meet = partial(meetings.append, None)
+            engine = MegatronEngine(self.policy, self.world, wave, meet, groups, block=5)
+            self.same_samples(engine.generate(prefixes, self.indices, sampled).tokens, wanted, sampled)
+            waves = -(-len(prefixes) // (wave or len(prefixes)))
+            assert len(meetings) == waves * -(-oracle.NEW_TOKENS // 5), "every rank meets the others equally often"
+        self.ends(prefixes, sampled)
+
+    def ends(self, prefixes: list[np.ndarray], sampled: Sampling) -> None:
+        """All rows of the first prefix end with their fourth token; where it is a group, no further block has it."""
+        from megatron_sip.rollout.megatron import MegatronEngine
+
+        fourth = int(self.expected["greedy"][self.indices[0], 3])
+        greedy = replace(sampled, temperature=0.0, eod=fourth)
+        found = []
+        for groups in (1, len(prefixes)):
+            engine = MegatronEngine(self.policy, self.world, groups=groups, block=5)
+            written = CountedCalls(engine._decode)
+            engine._decode = written  # type: ignore[method-assign]
+            found.append(engine.generate(prefixes, self.indices, replace(greedy, stop_at_eod=True)))
+            ended = found[-1].lengths.amax(1).view(groups, -1).amax(1)
+            # A group goes on to the end of the block of its last token; its first token needs no decoding.
+            wanted = sum(min(oracle.NEW_TOKENS, 5 * -(-int(length) // 5)) - 1 for length in ended)
+            assert written.calls == wanted, (written.calls, wanted, ended)
+        one, each = found
+        assert torch.equal(one.tokens, each.tokens)
+        assert torch.equal(one.lengths, each.lengths)
+        assert int(one.lengths[0].max()) <= 4
+        assert int(one.lengths.max()) == oracle.NEW_TOKENS, "another group goes on"
 
     def spread_vocabulary(self) -> None:
         """Tokens that TP ranks draw together are those of one rank with all columns, and the same on each."""

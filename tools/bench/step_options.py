@@ -60,6 +60,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--shared-prefix", choices=("on", "off"), default="on", help="ours: one row a pair, or two")
     group.add_argument("--micro-batch-size", type=one, default=1, help="ours: pairs of a pass (default: 1)")
     group.add_argument("--rollout-batch-size", type=one, help="ours: prefixes of a wave (default: all)")
+    group.add_argument("--rollout-pipeline-groups", type=one, help="ours: groups of a wave (default: PP)")
     group.add_argument("--hf-micro-batch-size", type=one, help="hf: pairs of a pass (default: all)")
     group.add_argument(
         "--hf-cache",
@@ -120,6 +121,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         judge_lag=options.judge_lag,
         micro_batch_size=options.micro_batch_size,
         rollout_batch_size=options.rollout_batch_size,
+        rollout_pipeline_groups=options.rollout_pipeline_groups,
         hf_micro_batch_size=options.hf_micro_batch_size,
         hf_caches=tuple(options.hf_cache),
         seed=options.seed,

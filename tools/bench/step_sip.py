@@ -75,7 +75,11 @@ def config_of(spec: Spec, point: Point) -> Config:
             num_threads=spec.threads,
             seed=spec.seed,
         ),
-        rollout=RolloutConfig(num_rollouts=point.rollouts, rollout_batch_size=spec.rollout_batch_size),
+        rollout=RolloutConfig(
+            num_rollouts=point.rollouts,
+            rollout_batch_size=spec.rollout_batch_size,
+            rollout_pipeline_groups=spec.rollout_pipeline_groups,
+        ),
         judge=JudgeConfig(quality_weight=0.0, classifier_weight=1.0, judge_lag=spec.judge_lag),
         checkpoint=CheckpointConfig(save=spec.save, keep_last_n=1),
     )
@@ -141,6 +145,7 @@ class SipStep:
             self.world,
             config.rollout.rollout_batch_size,
             at_boundary=lambda: self.boundaries.before("rollout"),
+            groups=config.rollout.rollout_pipeline_groups,
         )
         if self.services:
             self.services.take(point.judge_seconds, point.batch * (point.rollouts + 1))

@@ -76,6 +76,7 @@ class Spec:
     judge_lag: int = 0
     micro_batch_size: int | None = 1
     rollout_batch_size: int | None = None
+    rollout_pipeline_groups: int | None = None
     hf_micro_batch_size: int | None = None
     hf_caches: tuple[str, ...] = HF_CACHES
     seed: int = 1

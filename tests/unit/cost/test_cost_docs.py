@@ -43,7 +43,7 @@ EXAMPLES = {
     "8B, 512, `logit`": with_questions(at_scale("8B", 512, 4, 1), **CHEAP),
     "70B, 2048, written": at_scale("70B", 2048, 8, 4),
     "70B, 2048, `logit`": with_questions(at_scale("70B", 2048, 8, 4), **CHEAP),
-    "70B, 2048, the same": with_questions(at_scale("70B", 2048, 8, 4, rollout_groups=4), **CHEAP),
+    "70B, 2048, the same": with_questions(at_scale("70B", 2048, 8, 4, rollout_pipeline_groups=1), **CHEAP),
 }
 
 

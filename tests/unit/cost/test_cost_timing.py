@@ -75,18 +75,23 @@ def test_waves_read_the_weights_again() -> None:
 def test_one_group_leaves_the_other_stages_idle_and_several_fill_them() -> None:
     flat = step_parts(LLAMA_1B4, RUN, 16, waves=1)
     staged = replace(RUN, pipeline_model_parallel_size=4)
-    idle = step_parts(LLAMA_1B4, staged, 64, waves=1)
+    idle = step_parts(LLAMA_1B4, replace(staged, rollout_pipeline_groups=1), 64, waves=1)
     assert idle.decode.dense == pytest.approx(flat.decode.dense), "four times the GPUs, the same time"
     assert idle.decode.dense_bytes == flat.decode.dense_bytes, "each weight is read once a token, the head's too"
-    filled = step_parts(LLAMA_1B4, replace(staged, rollout_groups=4), 64, waves=1)
+    filled = step_parts(LLAMA_1B4, staged, 64, waves=1)
     head = step_flops(LLAMA_1B4, RUN.work()).decode.head / 16
-    assert filled.decode.dense == pytest.approx((flat.decode.dense - head) / 4 + head)
-    assert filled.decode.attention == pytest.approx(flat.decode.attention / 4)
-    assert filled.decode.attention_bytes == pytest.approx(flat.decode.attention_bytes / 4)
+    # A block of 16 tokens of 4 groups takes 64 turns and 3 at its ends; all groups are prefilled once in 7 turns.
+    assert filled.decode.dense == pytest.approx((flat.decode.dense - head) / 4 * 67 / 64 + head)
+    assert filled.decode.attention == pytest.approx(flat.decode.attention / 4 * 67 / 64)
+    assert filled.decode.attention_bytes == pytest.approx(flat.decode.attention_bytes / 4 * 67 / 64)
+    assert filled.prefill.dense == pytest.approx(flat.prefill.dense / 4 * 7 / 4)
+    assert filled.decode.calls / idle.decode.calls == pytest.approx(67 / 64)
+    waves = step_parts(LLAMA_1B4, staged, 64, waves=16)
+    assert waves.decode.dense == pytest.approx(flat.decode.dense), "a wave of one prefix is one group"
 
 
 def makespan(groups: int, stages: int, tokens: int, middle: float, last: float) -> float:
-    """When the last group's last token leaves the last stage: each stage serves one group at a time, in their order."""
+    """When the last group's last token of a block leaves the last stage, which serve one group at a time, in order."""
     free, back = [0.0] * stages, [0.0] * groups
     for _ in range(tokens):
         for group in range(groups):
@@ -98,13 +103,15 @@ def makespan(groups: int, stages: int, tokens: int, middle: float, last: float) 
 
 @pytest.mark.parametrize(("groups", "stages"), [(1, 1), (1, 4), (2, 4), (4, 4), (8, 4), (3, 2)])
 def test_decoding_in_groups_takes_as_long_as_when_it_is_played_through(groups: int, stages: int) -> None:
-    run = replace(RUN, pipeline_model_parallel_size=stages, rollout_groups=groups, global_batch_size=256 * groups)
+    run = replace(
+        RUN, pipeline_model_parallel_size=stages, rollout_pipeline_groups=groups, global_batch_size=256 * groups
+    )
     parts = step_parts(LLAMA_1B4, run, 16 * stages, waves=1)
     rows = run.global_batch_size * 16 / 16 / groups
     middle = 2 * LLAMA_1B4.matmul_parameters / stages * rows
     last = middle + 2 * LLAMA_1B4.head_parameters * rows
-    # The pipeline fills once in 128 tokens.
-    assert parts.decode.dense == pytest.approx(makespan(groups, stages, 128, middle, last), rel=0.03)
+    # 128 tokens are 8 blocks, and the pipeline fills once a block.
+    assert parts.decode.dense == pytest.approx(8 * makespan(groups, stages, 16, middle, last), rel=0.03)
 
 
 def test_the_bubble_of_1f1b() -> None:

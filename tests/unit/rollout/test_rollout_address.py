@@ -49,6 +49,7 @@ def test_a_name_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
         f"{HERE} http://10.0.0.2:8200 --rollout-weights-dir /shared",
         f"{HERE} http://8.8.8.8:8200 --rollout-weights-dir /shared --allow-insecure-rollout",
         f"{HERE} --rollout-proof logprobs --rollout-tolerance 0.1",
+        "--rollout-pipeline-groups 2 --pipeline-model-parallel-size 2",
     ],
 )
 def test_what_can_be_meant(line: str) -> None:
@@ -62,6 +63,8 @@ def test_what_can_be_meant(line: str) -> None:
         ("--rollout-url http://127.0.0.1:1", ["--rollout-url is given", "leave --rollout-url out"]),
         ("--rollout-timeout 9 --rollout-proof logprobs", ["--rollout-timeout is given", "--rollout-proof is given"]),
         (f"{HERE} --rollout-batch-size 4", ["--rollout-batch-size 4"]),
+        (f"{HERE} --rollout-pipeline-groups 2", ["--rollout-pipeline-groups 2"]),
+        ("--rollout-pipeline-groups 2", ["--rollout-pipeline-groups 2", "--pipeline-model-parallel-size is 1"]),
         (f"{HERE} http://127.0.0.1:8200/v1", ["more than once"]),
         ("--rollout-engine vllm --rollout-url ftp://a", ["no http or https URL"]),
         ("--rollout-engine vllm --rollout-url http://8.8.8.8", ["public address", "--rollout-weights-dir is missing"]),
