@@ -199,7 +199,10 @@ class RolloutConfig:
     rollout_stop_at_eod: bool = False
     """Let a rollout end at end-of-document; otherwise that token is never sampled."""
     rollout_batch_size: int | None = None
-    """Prefixes of one rollout wave on one data parallel rank; default all."""
+    """Prefixes of one rollout wave on one data parallel rank at most; default all that fit the memory."""
+    rollout_memory_gib: float | None = None
+    """GiB that a wave of rollouts may take on one rank besides the weights; default 0.8 of what is free on a GPU when
+    the rollouts begin, and no bound on a CPU or with --rollout-batch-size."""
     rollout_pipeline_groups: int | None = None
     """Groups of a wave's prefixes that pass the pipeline stages one behind the other, so that no stage is idle; default
     as many as there are stages."""

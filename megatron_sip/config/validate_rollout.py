@@ -42,11 +42,12 @@ def rollout_problems(config: Config) -> Iterator[str]:
             "http://127.0.0.1:8200/v1 (tools/serve_vllm.py --rollouts starts one)"
         )
         return
-    if rollout.rollout_batch_size is not None:
-        yield (
-            f"--rollout-batch-size {rollout.rollout_batch_size} bounds the memory of --rollout-engine megatron; a vLLM "
-            "server plans its own, so leave it out"
-        )
+    for name in ("rollout_batch_size", "rollout_memory_gib"):
+        if getattr(rollout, name) is not None:
+            yield (
+                f"{flag_of(name)} {getattr(rollout, name)} bounds the memory of --rollout-engine megatron; a vLLM "
+                "server plans its own, so leave it out"
+            )
     if rollout.rollout_pipeline_groups is not None:
         yield (
             f"--rollout-pipeline-groups {rollout.rollout_pipeline_groups} fills the trainer's pipeline, through which "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megatron_sip.checkpoint.hf_names import padded_vocab_size
+from megatron_sip.checkpoint.hf_names import padded_query_groups, padded_vocab_size
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.config.stages import largest_stage
 from megatron_sip.cost.settings import RunSettings
 from megatron_sip.cost.sizes import ModelSizes
+from megatron_sip.rollout.wave_memory import StageSizes, WaveBytes, WaveShape, even_wave, most_prefixes, wave_bytes
 
 FLOAT = 4
 
@@ -17,9 +18,8 @@ FLOAT = 4
 class Memory:
     """Bytes on one GPU, and on the host for each rank.
 
-    The static ones are there all the time; of training, reference and rollouts only one at a time. `rollout_prefill` is
-    the pass over a wave's prefixes with their own keys and values. The last two are those of a GPU of the vllm engine:
-    weights, and keys and values of all rows that it gets in a step.
+    The static ones are there all the time; of training, reference and rollouts only one at a time. The last two are
+    those of a GPU of the vllm engine: weights, and keys and values of all rows that it gets in a step.
     """
 
     weights: float
@@ -28,9 +28,7 @@ class Memory:
     activations: float
     logits: float
     reference_pass: float
-    rollout_cache: float
-    rollout_logits: float
-    rollout_prefill: float
+    rollouts: WaveBytes
     host_reference: float
     wave: int
     server_weights: float = 0.0
@@ -44,8 +42,7 @@ class Memory:
     @property
     def peak(self) -> float:
         """The most at any time."""
-        rollouts = self.rollout_cache + self.rollout_logits
-        return self.static + max(self.activations + self.logits, self.reference_pass, rollouts, self.rollout_prefill)
+        return self.static + max(self.activations + self.logits, self.reference_pass, self.rollouts.peak)
 
 
 def stage_parameters(model: ModelSizes, run: RunSettings) -> float:
@@ -88,25 +85,48 @@ def _activations(model: ModelSizes, run: RunSettings, data_parallel: int, row_pa
     return tokens * (in_flight * layers * kept + layer)
 
 
-def cache_bytes_per_prefix(model: ModelSizes, run: RunSettings) -> float:
-    """Keys and values of a prefix and its K continuations on one rank."""
-    width = 2 * model.num_query_groups // run.tensor_model_parallel_size * model.kv_channels
-    layers = largest_stage(model.num_layers, run.pipeline_model_parallel_size)
-    copies = 1 if run.prefill_once else run.num_rollouts
-    tokens = copies * run.prefix_length + run.num_rollouts * run.suffix_length
-    return run.element_bytes * layers * width * tokens
-
-
-def prefill_bytes_per_prefix(model: ModelSizes, run: RunSettings) -> float:
-    """The pass over one prefix, which all of a wave share, on one rank, with the keys and values that it leaves.
-
-    Nothing is kept for a backward pass: of one layer residual and norm, both halves of SwiGLU and their product.
-    """
+def rollout_sizes(model: ModelSizes, run: RunSettings) -> StageSizes:
+    """Those of a rank on the fullest stage, and of the LM head, as if that stage had it."""
     tp = run.tensor_model_parallel_size
-    width = 2 * model.hidden_size / (tp if run.sequence_parallel else 1) + 3 * model.ffn_hidden_size / tp
-    copies = 1 if run.prefill_once else run.num_rollouts
-    cached = cache_bytes_per_prefix(model, replace(run, num_rollouts=0, prefill_once=True))
-    return copies * (run.element_bytes * run.prefix_length * width + cached)
+    groups = padded_query_groups(model.num_query_groups, tp)
+    vocabulary = padded_vocab_size(model.vocab_size, ModelConfig.make_vocab_size_divisible_by, tp)
+    return StageSizes(
+        layers=largest_stage(model.num_layers, run.pipeline_model_parallel_size),
+        hidden=model.hidden_size,
+        heads=groups * model.num_attention_heads // model.num_query_groups // tp,
+        groups=groups // tp,
+        head_width=model.kv_channels,
+        ffn=model.ffn_hidden_size // tp,
+        columns=vocabulary // tp,
+        tp=tp,
+        element=run.element_bytes,
+    )
+
+
+def rollout_shape(run: RunSettings) -> WaveShape:
+    """How the run writes a wave, with prefixes of the mean length; sampled at temperature 1 without a nucleus."""
+    return WaveShape(
+        width=run.prefix_length,
+        rollouts=run.num_rollouts,
+        tokens=run.suffix_length,
+        pipelined=run.rollout_pipeline_groups or run.pipeline_model_parallel_size,
+        copies=1 if run.prefill_once else run.num_rollouts,
+    )
+
+
+def _rollouts(model: ModelSizes, run: RunSettings, share: int, room: float) -> tuple[int, WaveBytes]:
+    """Prefixes of a wave, and what it takes: as many as are given, or as fit the `room`, but one at least.
+
+    `share` are the prefixes of a DP rank.
+    """
+    if run.rollout_engine != "megatron" or run.num_rollouts == 0:
+        return share, WaveBytes(0, 0, 0, 0, 0)
+    sizes, shape = rollout_sizes(model, run), rollout_shape(run)
+    if run.rollout_batch_size is not None:
+        wave = min(share, run.rollout_batch_size)
+    else:
+        wave = even_wave(share, max(1, most_prefixes(sizes, shape, room, share)))
+    return wave, wave_bytes(sizes, shape, wave)
 
 
 def server_bytes(model: ModelSizes, run: RunSettings) -> tuple[float, float]:
@@ -137,15 +157,9 @@ def memory_per_gpu(
     # fp32 runs step the weights themselves; bf16 runs keep fp32 main weights beside them. Adam has two moments.
     state = (2 * FLOAT + (FLOAT if size == 2 else 0)) * n
     forward = run.micro_batch_size * work.row_tokens * row_padding * layer_activation_bytes(model, run)
-    rollouts_here = run.rollout_engine == "megatron" and run.num_rollouts > 0
     static = size * n + FLOAT * n + state / (data_parallel if run.use_distributed_optimizer else 1)
-    per_prefix = cache_bytes_per_prefix(model, run) if rollouts_here else 0.0
-    # Logits of a step of decoding: gathered in the run's type, and twice in fp32 while one token is drawn.
-    row_logits = run.num_rollouts * vocabulary * (size + 2 * FLOAT) if rollouts_here else 0.0
     share = -(-run.global_batch_size // data_parallel)
-    prefill = prefill_bytes_per_prefix(model, run) if rollouts_here else 0.0
-    room = int((usable_bytes - static) / max(per_prefix + row_logits, prefill)) if rollouts_here else share
-    wave = run.rollout_batch_size or max(1, min(share, room))
+    wave, rollouts = _rollouts(model, run, share, usable_bytes - static)
     return Memory(
         weights=size * n,
         gradients=FLOAT * n,
@@ -153,11 +167,9 @@ def memory_per_gpu(
         activations=_activations(model, run, data_parallel, row_padding),
         logits=logits,
         reference_pass=size * n + forward + logits if work.reference else 0.0,
-        rollout_cache=min(wave, share) * per_prefix,
-        rollout_logits=min(wave, share) * row_logits,
-        rollout_prefill=min(wave, share) * prefill,
+        rollouts=rollouts,
         host_reference=FLOAT * n if work.reference else 0.0,
-        wave=min(wave, share),
+        wave=wave,
         server_weights=server_bytes(model, run)[0],
         server_cache=server_bytes(model, run)[1],
     )

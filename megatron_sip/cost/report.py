@@ -71,9 +71,10 @@ def _memory_grid(plan: Plan) -> Grid:
         "while training: activations": memory.activations,
         "while training: logits": memory.logits,
         "while the reference scores: its weights and a pass": memory.reference_pass,
-        f"while rolling out: keys and values of {memory.wave} prefixes": memory.rollout_cache,
-        "while rolling out: logits": memory.rollout_logits,
-        "while prefixes are read: a pass with their keys and values": memory.rollout_prefill,
+        f"while rolling out: keys and values of {memory.wave} prefixes": memory.rollouts.prefixes,
+        "while rolling out: keys and values of their rows": memory.rollouts.rows,
+        "while rolling out: a prefill": memory.rollouts.prefill,
+        "while rolling out: a step with logits": memory.rollouts.step,
         "at most at once": memory.peak,
         "usable of a GPU": plan.usable_bytes,
         "on the host, for each GPU: reference in fp32": memory.host_reference,
@@ -220,7 +221,7 @@ def _way_out(plan: Plan) -> str:
     parts = {
         "Raise TP, or say --recompute-granularity full.": memory.activations + memory.logits,
         "Raise TP or PP.": memory.reference_pass,
-        "Lower --rollout-batch-size.": max(memory.rollout_cache + memory.rollout_logits, memory.rollout_prefill),
+        "Lower --rollout-batch-size.": memory.rollouts.peak,
     }
     return max(parts, key=lambda way: parts[way])
 

@@ -14,32 +14,34 @@ from megatron_sip.rollout.groups import RowGroup, divide
 from megatron_sip.rollout.pipeline import RowPipeline
 from megatron_sip.rollout.sampling import sample_tokens
 from megatron_sip.rollout.stagger import BOUNDARY_TOKENS
+from megatron_sip.rollout.wave_plan import WaveLimits, WavePlanner
 from megatron_sip.types import TokenArray
 
 
 class MegatronEngine:
     """Decodes on the weights that are trained, so no copy is made and none can be stale.
 
-    `wave` bounds the prefixes that are decoded together (memory); None takes all at once. The prefixes of a wave pass
-    the pipeline stages in `groups`; None: as many as there are stages. `at_boundary` is called every `block` tokens,
-    equally often on all ranks, and may raise to give the rollouts up.
+    `limits` bound the prefixes that are decoded together; `say` hears how many these are, where memory decides. The
+    prefixes of a wave pass the pipeline stages in `groups`; None: as many as there are stages. `at_boundary` is called
+    every `block` tokens, equally often on all ranks, and may raise to give the rollouts up.
     """
 
     def __init__(
         self,
         policy: PolicyModel,
         world: World,
-        wave: int | None = None,
+        limits: WaveLimits = WaveLimits(),  # noqa: B008  # it is frozen
         at_boundary: Callable[[], None] = lambda: None,
         groups: int | None = None,
         block: int = BOUNDARY_TOKENS,
+        say: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.policy = policy
         self.world = world
-        self.wave = wave
         self.at_boundary = at_boundary
         self.groups = groups or world.pp_size
         self.block = block
+        self.planner = WavePlanner(policy, world, limits, self.groups, say)
         self.multiple = world.tp_size if policy.config.sequence_parallel else 1
         self.pipeline = RowPipeline(world, policy.config.hidden_size, policy.config.pipeline_dtype, self.multiple)
         self.bypasses = DecodeStage.fits(policy)
@@ -52,10 +54,14 @@ class MegatronEngine:
         sampling: Sampling,
         on_wave: OnWave = lambda _first, _rollouts: None,
     ) -> Rollouts:
-        """See `RolloutEngine.generate`. Weights and training mode are left as they were."""
+        """See `RolloutEngine.generate`. Weights and training mode are left as they were.
+
+        Raises:
+            ConfigError: one prefix with its rollouts does not fit the memory; on all ranks alike.
+        """
+        wave = self.planner.wave(prefixes, sampling)
         was_training = self.policy.training
         self.policy.eval()
-        wave = self.wave or len(prefixes)
         parts: list[Rollouts] = []
         try:
             # Not inference mode: megatron-core keeps gather buffers between calls, and one that was made in

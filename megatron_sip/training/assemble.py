@@ -30,6 +30,7 @@ from megatron_sip.parallel.world import World
 from megatron_sip.rollout.engine import RolloutEngine
 from megatron_sip.rollout.megatron import MegatronEngine
 from megatron_sip.rollout.vllm import VllmEngine
+from megatron_sip.rollout.wave_plan import WaveLimits
 from megatron_sip.services.hub import PreferenceServices
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.preferences import BatchMaker, NextTokenMaker, PreferenceMaker
@@ -144,20 +145,26 @@ def build_maker(
     tokenizer: Tokenizer,
     policy: PolicyModel,
     services: PreferenceServices | None,
+    say: Callable[[str], None],
 ) -> BatchMaker:
-    """What turns cuts into rows for this objective.
+    """What turns cuts into rows for this objective; `say` hears how its rollouts are written.
 
     Raises:
         ServiceError: a rollout server cannot be used; on all ranks alike.
     """
     if config.training.objective == "ntp":
         return NextTokenMaker(config, world)
-    engine = _rollout_engine(config, world, leader, boundaries, policy)
+    engine = _rollout_engine(config, world, leader, boundaries, policy, say)
     return PreferenceMaker(config, world, leader, boundaries, tokenizer, engine, services)
 
 
 def _rollout_engine(
-    config: Config, world: World, leader: Leader, boundaries: Boundaries, policy: PolicyModel
+    config: Config,
+    world: World,
+    leader: Leader,
+    boundaries: Boundaries,
+    policy: PolicyModel,
+    say: Callable[[str], None],
 ) -> RolloutEngine:
     def at_boundary() -> None:
         boundaries.before("rollout")
@@ -165,7 +172,8 @@ def _rollout_engine(
     if config.rollout.rollout_engine == "vllm":
         return VllmEngine(policy, config, world, leader, at_boundary)
     rollout = config.rollout
-    return MegatronEngine(policy, world, rollout.rollout_batch_size, at_boundary, rollout.rollout_pipeline_groups)
+    limits = WaveLimits(rollout.rollout_batch_size, rollout.rollout_memory_gib)
+    return MegatronEngine(policy, world, limits, at_boundary, rollout.rollout_pipeline_groups, say=say)
 
 
 def build_trainer(config: Config, world: World) -> PolicyTrainer:

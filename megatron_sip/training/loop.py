@@ -109,7 +109,8 @@ class Run:
             self.config, self.leader, self.trainer, self.data.stream, writer, journal, progress, behind
         )
         self.maker = assemble.build_maker(
-            self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy, self.services
+            *(self.config, world, self.leader, self.boundaries, self.data.tokenizer, self.trainer.policy),
+            *(self.services, reporter.say),
         )
         self._opened.callback(self.maker.close)
         self.tracer = StepTracer(self.config, world.rank)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
+from rollout_memory import MemoryCheck
 
 from megatron_sip.checkpoint.hf import load_hf_weights
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
@@ -183,9 +184,10 @@ class LayoutCheck:
     def rollouts(self, samples_file: Path) -> None:
         """Greedy equals transformers; sampled tokens equal those of the first layout that wrote the file."""
         from megatron_sip.rollout.megatron import MegatronEngine
+        from megatron_sip.rollout.wave_plan import WaveLimits
 
         prefixes = [torch.tensor(oracle.pairs()[index][0]).numpy() for index in self.indices]
-        engine = MegatronEngine(self.policy, self.world, wave=3)
+        engine = MegatronEngine(self.policy, self.world, WaveLimits(prefixes=3))
         greedy = Sampling(2, oracle.NEW_TOKENS, 0.0, 1.0, eod=0, stop_at_eod=False, seed=3)
         tokens = engine.generate(prefixes, self.indices, greedy).tokens
         wanted = self.expected["greedy"][self.indices]
@@ -212,13 +214,14 @@ class LayoutCheck:
     def groups(self, prefixes: list[np.ndarray], sampled: Sampling, wanted: torch.Tensor) -> None:
         """The tokens do not hang on how many groups pass the stages, nor on which of them end early."""
         from megatron_sip.rollout.megatron import MegatronEngine
+        from megatron_sip.rollout.wave_plan import WaveLimits
 
         # Blocks of 5 tokens: the last one is shorter. As many groups as stages, a number that does not divide the
         # prefixes, one each, and more than there are.
         for groups, wave in ((1, None), (None, None), (3, None), (8, None), (11, 5)):
             meetings: list[None] = []
             meet = partial(meetings.append, None)
-            engine = MegatronEngine(self.policy, self.world, wave, meet, groups, block=5)
+            engine = MegatronEngine(self.policy, self.world, WaveLimits(wave), meet, groups, block=5)
             self.same_samples(engine.generate(prefixes, self.indices, sampled).tokens, wanted, sampled)
             waves = -(-len(prefixes) // (wave or len(prefixes)))
             assert len(meetings) == waves * -(-oracle.NEW_TOKENS // 5), "every rank meets the others equally often"
@@ -424,6 +427,9 @@ def main() -> None:
     if not bf16:  # in bf16 a greedy choice may fall on either side of a near tie
         check.rollouts(Path(samples))
         check.spread_vocabulary()
+        memory = MemoryCheck(check.config, check.world)
+        memory.predictions()
+        memory.waves()
     # Behind the rollouts, as in a real step: what they leave behind must not disturb training.
     check.logprobs()
     check.step()

@@ -136,6 +136,7 @@ class SipStep:
     def use(self, point: Point, shared_prefix: bool | None = None) -> None:
         """Be ready for steps of this size."""
         from megatron_sip.rollout.megatron import MegatronEngine
+        from megatron_sip.rollout.wave_plan import WaveLimits
 
         config = config_of(self.spec, point)
         if shared_prefix is not None:
@@ -143,7 +144,7 @@ class SipStep:
         engine = MegatronEngine(
             self.trainer.policy,
             self.world,
-            config.rollout.rollout_batch_size,
+            WaveLimits(config.rollout.rollout_batch_size),
             at_boundary=lambda: self.boundaries.before("rollout"),
             groups=config.rollout.rollout_pipeline_groups,
         )

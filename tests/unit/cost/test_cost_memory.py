@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 from plan_case import LLAMA3_8B, LLAMA_1B4
 
-from megatron_sip.cost.memory import cache_bytes_per_prefix, layer_activation_bytes, memory_per_gpu, stage_parameters
+from megatron_sip.cost.memory import (
+    layer_activation_bytes,
+    memory_per_gpu,
+    rollout_shape,
+    rollout_sizes,
+    stage_parameters,
+)
 from megatron_sip.cost.settings import RunSettings
 from megatron_sip.cost.sizes import ModelSizes
+from megatron_sip.rollout.wave_memory import wave_bytes
 
 RUN = RunSettings()
 ROOM = 72e9
@@ -43,21 +50,27 @@ def test_stages_hold_their_layers_and_one_vocabulary_matrix(stages: int) -> None
     assert part - LLAMA_1B4.head_parameters == pytest.approx((one - 2 * LLAMA_1B4.head_parameters) / stages)
 
 
+def cached(run: RunSettings, model: ModelSizes = LLAMA3_8B) -> int:
+    """Keys and values of a prefix and its rows."""
+    found = wave_bytes(rollout_sizes(model, run), rollout_shape(run), 1)
+    return found.prefixes + found.rows
+
+
 def test_a_cache_is_layers_times_groups_times_width() -> None:
     tokens = 1024 + 16 * 128
-    assert cache_bytes_per_prefix(LLAMA3_8B, RUN) == 2 * 32 * 8 * 128 * tokens * 2
-    copied = cache_bytes_per_prefix(LLAMA3_8B, replace(RUN, prefill_once=False))
-    assert copied == 2 * 32 * 8 * 128 * 16 * (1024 + 128) * 2
+    assert cached(RUN) == 2 * 32 * 8 * 128 * tokens * 2
+    assert cached(replace(RUN, prefill_once=False)) == 2 * 32 * 8 * 128 * 16 * (1024 + 128) * 2
     split = replace(RUN, tensor_model_parallel_size=4, pipeline_model_parallel_size=2)
-    assert cache_bytes_per_prefix(LLAMA3_8B, split) == cache_bytes_per_prefix(LLAMA3_8B, RUN) / 8
+    assert cached(split) == cached(RUN) / 8
 
 
 def test_a_wave_is_what_fits_or_what_is_given() -> None:
     memory = memory_per_gpu(LLAMA_1B4, RUN, 1, ROOM)
     assert 1 < memory.wave < 256
-    assert memory.static + memory.rollout_cache + memory.rollout_logits <= ROOM
-    one_more = memory.static + (memory.rollout_cache + memory.rollout_logits) * (memory.wave + 1) / memory.wave
-    assert one_more > ROOM
+    assert memory.static + memory.rollouts.peak <= ROOM
+    # One wave less would not fit.
+    larger = -(-256 // (-(-256 // memory.wave) - 1))
+    assert memory.static + wave_bytes(rollout_sizes(LLAMA_1B4, RUN), rollout_shape(RUN), larger).peak > ROOM
     assert memory_per_gpu(LLAMA_1B4, replace(RUN, rollout_batch_size=2), 1, ROOM).wave == 2
     assert memory_per_gpu(LLAMA_1B4, RUN, 64, ROOM).wave == 4, "no more than a rank has"
 
@@ -65,12 +78,12 @@ def test_a_wave_is_what_fits_or_what_is_given() -> None:
 def test_long_prefixes_with_one_rollout_need_most_while_they_are_read() -> None:
     one = replace(RUN, num_rollouts=1, prefix_length=1900, suffix_length=16)
     memory = memory_per_gpu(LLAMA_1B4, one, 1, ROOM)
-    read = 1900 * 2 * (2 * 2048 + 3 * 5632 + 2 * 24 * 16 * 128)
-    assert memory.rollout_prefill == memory.wave * read
-    assert memory.rollout_prefill > memory.rollout_cache + memory.rollout_logits
-    assert memory.peak == memory.static + memory.rollout_prefill <= ROOM < memory.peak + read
-    many = memory_per_gpu(LLAMA_1B4, RUN, 1, ROOM)
-    assert many.rollout_prefill < many.rollout_cache
+    found = memory.rollouts
+    assert found.prefill > found.rows + found.step
+    assert memory.peak == memory.static + found.peak == memory.static + found.prefixes + found.drawn + found.prefill
+    assert memory.peak <= ROOM
+    many = memory_per_gpu(LLAMA_1B4, RUN, 1, ROOM).rollouts
+    assert many.prefill < many.rows + many.step
 
 
 def test_rollout_servers_hold_the_weights_and_the_rows_of_a_step() -> None:
@@ -78,8 +91,8 @@ def test_rollout_servers_hold_the_weights_and_the_rows_of_a_step() -> None:
     memory = memory_per_gpu(LLAMA_1B4, served, 64, ROOM)
     assert memory.server_weights == 2 * LLAMA_1B4.parameters / 2
     # 8 copies of the policy, each with its eighth of the prefixes on 2 GPUs.
-    assert memory.server_cache == 256 / 8 * cache_bytes_per_prefix(LLAMA_1B4, RUN) / 2
-    assert memory.rollout_cache == memory.rollout_logits == 0
+    assert memory.server_cache == 256 / 8 * cached(RUN, LLAMA_1B4) / 2
+    assert memory.rollouts.peak == 0
     assert memory_per_gpu(LLAMA_1B4, RUN, 64, ROOM).server_weights == 0
 
 

@@ -63,6 +63,7 @@ def test_what_can_be_meant(line: str) -> None:
         ("--rollout-url http://127.0.0.1:1", ["--rollout-url is given", "leave --rollout-url out"]),
         ("--rollout-timeout 9 --rollout-proof logprobs", ["--rollout-timeout is given", "--rollout-proof is given"]),
         (f"{HERE} --rollout-batch-size 4", ["--rollout-batch-size 4"]),
+        (f"{HERE} --rollout-memory-gib 2", ["--rollout-memory-gib 2"]),
         (f"{HERE} --rollout-pipeline-groups 2", ["--rollout-pipeline-groups 2"]),
         ("--rollout-pipeline-groups 2", ["--rollout-pipeline-groups 2", "--pipeline-model-parallel-size is 1"]),
         (f"{HERE} http://127.0.0.1:8200/v1", ["more than once"]),
