@@ -1,15 +1,17 @@
-"""Which judges and rewriter a configuration asks for."""
+"""Which judges and rewriter a configuration asks for, and where answers are kept."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_sip.config.groups import Config, JudgeConfig, PreferenceConfig
 from megatron_sip.config.judge_set import CHAT_KINDS, SAFETY_KINDS, JudgeSettings, active_judges
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec
+from megatron_sip.services.cache import AnswerCache
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.endpoint import ClientSettings
 from megatron_sip.services.judges import FactualityJudge, Judge, QualityJudge, Reading, SafetyJudge
@@ -126,3 +128,10 @@ def load_classifier(settings: JudgeSettings) -> ToxicityModel:
             "weights and tokenizer; `python tools/get_demo_data.py` fetches them"
         )
     return load_toxic_bilstm(settings.classifier_path)
+
+
+def open_cache(judge: JudgeConfig) -> AnswerCache | None:
+    """The cache of --judge-cache; None without it. ConfigError where it cannot be used."""
+    if judge.judge_cache is None:
+        return None
+    return AnswerCache(Path(judge.judge_cache), int(judge.judge_cache_size_gb * 1e9))

@@ -10,20 +10,19 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from megatron_sip.config.groups import Config, JudgeConfig
+from megatron_sip.config.groups import Config
 from megatron_sip.config.judge_set import active_judges
 from megatron_sip.errors import ConfigError
 from megatron_sip.preference.scoring import JudgeSpec, distinct_pool
 from megatron_sip.services.background import BackgroundLoop, cancel_others
-from megatron_sip.services.build import build_judge, build_servers, judge_specs, needs_rewriter
+from megatron_sip.services.build import build_judge, build_servers, judge_specs, needs_rewriter, open_cache
 from megatron_sip.services.cache import AnswerCache
 from megatron_sip.services.cache_names import Asker, Name, rewrite_name, verdict_names
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.journal import Journal, Recalled
-from megatron_sip.services.journal_records import Entry, Key, Source, Value, verdict_keys
+from megatron_sip.services.journal_records import Key, Source, Value, verdict_keys
 from megatron_sip.services.judges import Judge
 from megatron_sip.services.model_server import ModelServer
 from megatron_sip.services.queueing import InTurn, Place
@@ -338,11 +337,21 @@ class PreferenceServices:
         values = cast("dict[int, V]", await self._from_disk(absent, names))
         left = [index for index in absent if index not in values]
         counts = {"from_journal": len(keys) - len(absent), "from_cache": len(values)}
-        asked = await place.run(self._once(names[index], partial(ask, index)) for index in left)
-        values |= zip(left, asked, strict=True)
-        if self._journal:
-            entries: list[Entry] = [(keys[index], values[index]) for index in absent]
-            await self._journal.append(entries)
+        answered: dict[int, V] = {}
+
+        async def answer(index: int) -> None:
+            answered[index] = await self._once(names[index], partial(ask, index))
+
+        try:
+            await place.run(map(answer, left))
+        except BaseException:
+            # Given up midway: nobody shall be asked twice for an answer, and what is missing may be there next time.
+            answered = {index: value for index, value in answered.items() if not isinstance(value, Missing)}
+            raise
+        finally:
+            values |= answered
+            if self._journal:
+                await self._journal.append([(keys[index], values[index]) for index in absent if index in values])
         await self._to_disk(left, names, values)
         for totals in (self._spared, spared):
             if totals is not None:
@@ -379,10 +388,3 @@ class PreferenceServices:
 def asker_of(judge: Judge) -> Asker:
     """Who `judge` is, as far as it shapes an answer; its server is started."""
     return Asker(Source(judge.name, judge.model, judge.version, judge.settings), judge.prompting, judge.settled)
-
-
-def open_cache(judge: JudgeConfig) -> AnswerCache | None:
-    """The cache of --judge-cache; None without it. ConfigError where it cannot be used."""
-    if judge.judge_cache is None:
-        return None
-    return AnswerCache(Path(judge.judge_cache), int(judge.judge_cache_size_gb * 1e9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -171,6 +172,31 @@ def test_half_a_round_is_asked_to_its_end(server: FakeServer, tmp_path: Path) ->
         assert services.stats()["from_journal"] == 6
     assert calls(server) == asked + len(QUESTIONS) - 6
     assert {question: whole[question] for question in QUESTIONS[:6]} == first | second
+
+
+@pytest.mark.parametrize("end", ["cancelled", "closed"])
+def test_what_was_answered_of_a_round_that_was_given_up_is_not_asked_again(
+    server: FakeServer, tmp_path: Path, end: str
+) -> None:
+    """Two calls hang when the run stops, and one had failed: these three are asked again."""
+    config, fickle = config_of(server), server.fault_every_time
+    with services_of(config, tmp_path) as services:
+        server.script.extend([status(400), hang, hang])
+        future = services.submit_answers([pool(0)], [QUESTIONS])
+        deadline = time.monotonic() + 20
+        while services.stats()["judge_unmetered"] < len(QUESTIONS) - 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.1)  # the last answer has come, and is read now
+        if end == "cancelled":
+            assert future.cancel()
+            assert services.recall(0) is not None
+    server.fault_every_time = fickle
+    asked = calls(server)
+    with services_of(config, tmp_path) as services:
+        [answers] = services.submit_answers([pool(0)], [QUESTIONS]).result(20)
+        assert services.stats()["from_journal"] == len(QUESTIONS) - 3
+    assert calls(server) == asked + 3
+    assert not any(isinstance(value, Missing) for value in answers.values())
 
 
 def test_other_settings_ask_anew(server: FakeServer, tmp_path: Path) -> None:
