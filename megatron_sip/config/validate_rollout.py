@@ -48,6 +48,8 @@ def rollout_problems(config: Config) -> Iterator[str]:
                 f"{flag_of(name)} {getattr(rollout, name)} bounds the memory of --rollout-engine megatron; a vLLM "
                 "server plans its own, so leave it out"
             )
+    if rollout.rollout_cuda_graph:
+        yield "--rollout-cuda-graph is of --rollout-engine megatron; a vLLM server has its own graphs, so leave it out"
     if rollout.rollout_pipeline_groups is not None:
         yield (
             f"--rollout-pipeline-groups {rollout.rollout_pipeline_groups} fills the trainer's pipeline, through which "

@@ -8,8 +8,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from megatron_sip.rollout.cache import DecodeCache, PrefillCache
+from megatron_sip.rollout.cache import DecodeCache, PrefillCache, StaticDecodeCache
 from megatron_sip.rollout.engine import Sampling
+from megatron_sip.rollout.graphs import GraphedStage
 from megatron_sip.rollout.sampling import uniforms
 from megatron_sip.types import TokenArray
 
@@ -63,7 +64,8 @@ class RowGroup:
     def decoding(self) -> DecodeCache:
         """The cache of the rows, made of that of the prefixes at the first call."""
         if isinstance(self.cache, PrefillCache):
-            self.cache = DecodeCache(self.cache, self.sampling.num_rollouts, self.sampling.max_new_tokens)
+            kind = StaticDecodeCache if isinstance(self.stage, GraphedStage) else DecodeCache
+            self.cache = kind(self.cache, self.sampling.num_rollouts, self.sampling.max_new_tokens)
         return self.cache
 
     def shape(self, step: int, multiple: int) -> tuple[int, int]:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_sip.errors import ConfigError
 from megatron_sip.model.decode import DecodeStage
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
+from megatron_sip.rollout.graphs import GraphedStage
 from megatron_sip.rollout.groups import RowGroup, divide
 from megatron_sip.rollout.pipeline import RowPipeline
 from megatron_sip.rollout.sampling import sample_tokens
@@ -24,6 +26,9 @@ class MegatronEngine:
     `limits` bound the prefixes that are decoded together; `say` hears how many these are, where memory decides. The
     prefixes of a wave pass the pipeline stages in `groups`; None: as many as there are stages. `at_boundary` is called
     every `block` tokens, equally often on all ranks, and may raise to give the rollouts up.
+
+    Raises:
+        ConfigError: `cuda_graph` on a CPU.
     """
 
     def __init__(
@@ -35,7 +40,11 @@ class MegatronEngine:
         groups: int | None = None,
         block: int = BOUNDARY_TOKENS,
         say: Callable[[str], None] = lambda _text: None,
+        cuda_graph: bool = False,
     ) -> None:
+        if cuda_graph and world.device.type != "cuda":
+            raise ConfigError("--rollout-cuda-graph needs a GPU, and this rank has none; leave it out")
+        self.cuda_graph = cuda_graph
         self.policy = policy
         self.world = world
         self.at_boundary = at_boundary
@@ -89,7 +98,13 @@ class MegatronEngine:
         rows = k * max(some.stop - some.start for some in parts)
         stage = DecodeStage(self.policy, rows) if self.bypasses else self.policy
         groups = [
-            RowGroup(prefixes[some], sample_indices[some], sampling, tokens[some.start * k : some.stop * k], stage)
+            RowGroup(
+                prefixes[some],
+                sample_indices[some],
+                sampling,
+                tokens[some.start * k : some.stop * k],
+                GraphedStage(self.policy, stage) if self.cuda_graph else stage,
+            )
             for some in parts
         ]
         for first in range(0, count, self.block):

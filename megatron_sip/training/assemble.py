@@ -173,7 +173,8 @@ def _rollout_engine(
         return VllmEngine(policy, config, world, leader, at_boundary)
     rollout = config.rollout
     limits = WaveLimits(rollout.rollout_batch_size, rollout.rollout_memory_gib)
-    return MegatronEngine(policy, world, limits, at_boundary, rollout.rollout_pipeline_groups, say=say)
+    groups, graph = rollout.rollout_pipeline_groups, rollout.rollout_cuda_graph
+    return MegatronEngine(policy, world, limits, at_boundary, groups, say=say, cuda_graph=graph)
 
 
 def build_trainer(config: Config, world: World) -> PolicyTrainer:

@@ -26,6 +26,7 @@ from rollout_memory import MemoryCheck
 from megatron_sip.checkpoint.hf import load_hf_weights
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.config.groups import Config, ParallelConfig, PreferenceConfig, TrainingConfig
+from megatron_sip.errors import ConfigError
 from megatron_sip.loss.segments import ReferenceLogps
 from megatron_sip.parallel import world as world_module
 from megatron_sip.preference.micro_batches import MicroRows
@@ -210,6 +211,22 @@ class LayoutCheck:
         self.same_samples(engine.generate(prefixes, self.indices, sampled).tokens, rollouts.tokens, sampled)
         if self.world.pp_size > 1:
             self.groups(prefixes, sampled, rollouts.tokens)
+        self.graphs(prefixes, sampled, rollouts.tokens)
+
+    def graphs(self, prefixes: list[np.ndarray], sampled: Sampling, wanted: torch.Tensor) -> None:
+        """The same tokens by CUDA graphs, in two waves; a rank without a GPU refuses them."""
+        from megatron_sip.rollout.megatron import MegatronEngine
+        from megatron_sip.rollout.wave_plan import WaveLimits
+
+        limits = WaveLimits(prefixes=5)
+        if self.world.device.type != "cuda":
+            with pytest.raises(ConfigError, match="--rollout-cuda-graph needs a GPU"):
+                MegatronEngine(self.policy, self.world, limits, cuda_graph=True)
+            return
+        engine = MegatronEngine(self.policy, self.world, limits, cuda_graph=True)
+        self.same_samples(engine.generate(prefixes, self.indices, sampled).tokens, wanted, sampled)
+        if self.world.is_main:
+            print("CUDA graphs draw the same tokens", flush=True)
 
     def groups(self, prefixes: list[np.ndarray], sampled: Sampling, wanted: torch.Tensor) -> None:
         """The tokens do not hang on how many groups pass the stages, nor on which of them end early."""

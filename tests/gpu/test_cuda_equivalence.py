@@ -34,3 +34,4 @@ def test_one_gpu_equals_float64(folder: Path, precision: str) -> None:
     print(result.stdout)
     assert result.returncode == 0, complaint(result)
     assert "passed" in result.stdout
+    assert precision == "bf16" or "CUDA graphs draw the same tokens" in result.stdout
