@@ -100,7 +100,7 @@ def test_resume_is_bitwise_equal_at_the_same_layout(runs: Runs, unbroken: list[d
 def test_resume_at_another_layout_goes_on(runs: Runs, unbroken: list[dict]) -> None:
     folder = runs.copy_at("unbroken", "resharded", 3)
     # With memory for a part of the four prefixes at a time.
-    memory = ("--rollout-memory-gib", "0.00017")
+    memory = ("--rollout-memory-gib", "0.00018")
     lines = runs("resharded", 2, "--pipeline-model-parallel-size", "2", "--load", folder, *memory)
     assert "rollouts in 2 waves of up to 2 prefixes" in runs.output
     for line, wanted in zip(lines, unbroken[3:], strict=True):
