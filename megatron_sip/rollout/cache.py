@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
-
 import torch
 import torch.nn.functional as F
 
 from megatron_sip.model.attention import shared_prefix_attention
-
-_Part: TypeAlias = Sequence[torch.Tensor]
-"""Of a softmax over some keys: values weighted by exp(score - peak), the sum of these weights, and the peak."""
+from megatron_sip.rollout.parts import Part, attention_part, joined, weighted
 
 
 class PrefillCache:
@@ -63,9 +58,9 @@ class DecodeCache:
     parallel split a step of single tokens. Row `b * num_rollouts + k` continues prefix `b`; rows behind
     `prefixes * num_rollouts` only pad to a multiple of the TP size.
 
-    The keys of a prefix are kept once: the queries of its K rows meet them as one matmul, and their own
-    suffix keys in a second one. Each part has a softmax of its own, and their sums join them, so that no
-    score is copied. Key and value heads are never repeated.
+    The keys of a prefix are kept once: the queries of its K rows meet them together, and their own suffix keys
+    apart. Each part has a softmax of its own, and their sums join them, so that no score is copied. Key and value
+    heads are never repeated.
     """
 
     def __init__(self, prefill: PrefillCache, num_rollouts: int, max_new_tokens: int) -> None:
@@ -75,40 +70,35 @@ class DecodeCache:
         self.prefix = prefill.layers
         self.suffix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer, (key, value) in prefill.layers.items():
-            prefixes, kv_heads, width, dim = key.shape
+            prefixes, kv_heads, _, dim = key.shape
             shape = (prefixes * num_rollouts, kv_heads, max_new_tokens, dim)
             self.suffix[layer] = (key.new_empty(shape), value.new_empty(shape))
-        bias = _bias_of(lengths, width, kv_heads)
-        # Without a bias the product needs one all the same, which it does not read.
-        self.bias, self.beta = (torch.zeros(1), 0) if bias is None else (bias, 1)
-        self.bias = self.bias.to(key)
+        self.bias = _bias_of(lengths, key)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """One token a row over its prefix and its own suffix so far; `[rows, 1, heads * dim]`."""
         prefix_key, prefix_value = self.prefix[layer]
-        prefixes, kv_heads, width, dim = prefix_key.shape
+        prefixes, kv_heads, _, dim = prefix_key.shape
         rollouts, rows = self.num_rollouts, prefixes * self.num_rollouts
         group = query.shape[2] // kv_heads
         own = query[:rows, 0].reshape(rows, kv_heads, group, dim)
-        # [prefixes * kv_heads, rollouts * group, dim]: all rows of a prefix meet its keys together.
+        # [prefixes, kv_heads, rollouts * group, dim]: all rows of a prefix meet its keys together.
         shared = own.view(prefixes, rollouts, kv_heads, group, dim).transpose(1, 2)
-        shared = shared.reshape(prefixes * kv_heads, rollouts * group, dim)
-        keys, values = (tensor.view(prefixes * kv_heads, width, dim) for tensor in (prefix_key, prefix_value))
-        scores = torch.baddbmm(self.bias, shared, keys.transpose(1, 2), beta=self.beta, alpha=scale)
-        on_prefix = _weighted(scores, values)
+        shared = shared.reshape(prefixes, kv_heads, rollouts * group, dim)
+        on_prefix = attention_part(shared, prefix_key, prefix_value, scale, self.bias)
         on_suffix = self._on_suffix(layer, own, key[:rows, 0], value[:rows, 0], scale)
         # Views in the order of the rows: [prefixes, rollouts, kv_heads, group, ...]
-        out = _joined(
-            [part.view(prefixes, kv_heads, rollouts, group, -1).transpose(1, 2) for part in on_prefix],
-            [part.view(prefixes, rollouts, kv_heads, group, -1) for part in on_suffix],
+        out = joined(
+            Part(*(item.view(prefixes, kv_heads, rollouts, group, -1).transpose(1, 2) for item in on_prefix)),
+            Part(*(item.view(prefixes, rollouts, kv_heads, group, -1) for item in on_suffix)),
         )
         out = out.to(query.dtype).reshape(rows, 1, -1)
         padding = query.shape[0] - rows
         return out if padding == 0 else torch.cat([out, out.new_zeros(padding, 1, out.shape[-1])])
 
-    def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> _Part:
+    def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
         """Keep key and value `[rows, kv_heads, dim]` of this step, and let `own` attend to the suffix so far.
 
         own  [rows, kv_heads, group, dim], the queries by key and value head
@@ -117,7 +107,7 @@ class DecodeCache:
         keys[:, :, self.step], values[:, :, self.step] = key, value
         length = self.step + 1
         scores = own @ keys[:, :, :length].transpose(-1, -2) * scale
-        return _weighted(scores, values[:, :, :length])
+        return weighted(scores, values[:, :, :length])
 
 
 class StaticDecodeCache(DecodeCache):
@@ -131,37 +121,21 @@ class StaticDecodeCache(DecodeCache):
         super().__init__(prefill, num_rollouts, max_new_tokens)
         for tensor in (tensor for layer in self.suffix.values() for tensor in layer):
             tensor.zero_()  # a weight of 0 does not silence a NaN
-        device = self.bias.device
+        device = next(iter(prefill.layers.values()))[0].device
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self._places = torch.arange(max_new_tokens, device=device)
 
-    def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> _Part:
+    def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
         keys, values = self.suffix[layer]
         keys.index_copy_(2, self.place, key[:, :, None])
         values.index_copy_(2, self.place, value[:, :, None])
         scores = own @ keys.transpose(-1, -2) * scale
-        return _weighted(scores.masked_fill(self._places > self.place, float("-inf")), values)
+        return weighted(scores.masked_fill(self._places > self.place, float("-inf")), values)
 
 
-def _bias_of(lengths: torch.Tensor, width: int, kv_heads: int) -> torch.Tensor | None:
-    """`[prefixes * kv_heads, 1, width]` fp32, -inf behind the end of each prefix; None where all are equally long."""
-    beyond = torch.arange(width)[None, :] >= lengths[:, None]
+def _bias_of(lengths: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """`[prefixes, 1, 1, width]`, -inf behind the end of each prefix; None where all are as long as `key` is wide."""
+    beyond = torch.arange(key.shape[2])[None, :] >= lengths[:, None]
     if not bool(beyond.any()):
         return None
-    bias = torch.zeros(beyond.shape).masked_fill(beyond, float("-inf"))
-    return bias.repeat_interleave(kv_heads, dim=0)[:, None]
-
-
-def _weighted(scores: torch.Tensor, value: torch.Tensor) -> _Part:
-    """The part of a softmax over the keys of `scores` `[..., n]`, which may be overwritten; sums are fp32."""
-    scores = scores.float()
-    peak = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(peak).exp_()
-    return [weights.to(value.dtype) @ value, weights.sum(-1, keepdim=True), peak]
-
-
-def _joined(first: _Part, second: _Part) -> torch.Tensor:
-    """The softmax over the keys of both parts, in fp32."""
-    peak = torch.maximum(first[2], second[2])
-    a, b = (first[2] - peak).exp_(), (second[2] - peak).exp_()
-    return (first[0] * a + second[0] * b) / (first[1] * a + second[1] * b)
+    return torch.zeros(beyond.shape).masked_fill(beyond, float("-inf"))[:, None, None].to(key)

@@ -1,0 +1,35 @@
+"""Attention to keys in two places, joined, against one softmax over all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_sip.rollout.parts import Part, attention_part, joined, weighted
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("stronger", [0, 1], ids=["first", "second"])
+def test_two_parts_are_one_softmax(biased: bool, stronger: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 3, 5, 8)
+    keys, values = [torch.randn(2, 3, n, 8) for n in (7, 4)], [torch.randn(2, 3, n, 8) for n in (7, 4)]
+    keys[stronger] *= 8.0  # nearly all weight on one part
+    bias = torch.zeros(2, 1, 1, 7)
+    if biased:
+        bias[1, ..., 3:] = float("-inf")
+    first = attention_part(query, keys[0], values[0], 0.4, bias if biased else None)
+    second = weighted(query @ keys[1].transpose(-1, -2) * 0.4, values[1])
+    scores = torch.cat([query @ key.transpose(-1, -2) * 0.4 for key in keys], dim=-1).double()
+    scores[..., :7] += bias
+    wanted = scores.softmax(-1) @ torch.cat(values, dim=2).double()
+    torch.testing.assert_close(joined(first, second).double(), wanted, atol=1e-5, rtol=0)
+    # What other devices compute is the same part with another factor in both of its sums.
+    other = weighted(query @ keys[0].transpose(-1, -2) * 0.4 + bias, values[0])
+    torch.testing.assert_close(joined(other, second).double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_part_that_has_no_weight_leaves_the_other() -> None:
+    one = Part(torch.ones(1, 1, 4), torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
+    none = Part(torch.full((1, 1, 4), 9.0), torch.ones(1, 1, 1), torch.full((1, 1, 1), -200.0))
+    torch.testing.assert_close(joined(one, none), torch.ones(1, 1, 4))
