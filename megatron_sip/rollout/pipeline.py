@@ -23,7 +23,7 @@ class RowPipeline:
     """The way of hidden states from stage to stage, and of drawn tokens from the last one back.
 
     `hidden_size` and `dtype` are those of the hidden states; their positions come in a `multiple`, over which
-    sequence parallel splits them.
+    sequence parallel splits them. All ranks of the pipeline make it together.
     """
 
     def __init__(self, world: World, hidden_size: int, dtype: torch.dtype, multiple: int) -> None:
@@ -31,6 +31,9 @@ class RowPipeline:
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._multiple = multiple
+        if world.pp_size > 1:
+            # The first call of a group of nccl must be made by all its ranks, and turns are exchanged by two at a time.
+            dist.all_reduce(torch.zeros(1, device=world.device), group=world.pp_group)
 
     def write(self, groups: Sequence[RowGroup], block: slice, run: RunPass) -> None:
         """The tokens of a block of all groups; they are on the first and the last stage then. See `Stagger`."""
