@@ -129,7 +129,8 @@ class StoreCheck:
         assert not different, different
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Do it on one rank while the others wait."""
+        """Do it on one rank while the others wait, none of which still reads what it changes."""
+        dist.barrier(group=self.world.control_group)
         if self.world.is_main:
             action()
         dist.barrier(group=self.world.control_group)
