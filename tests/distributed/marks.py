@@ -11,7 +11,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +45,13 @@ class Board:
     """The file with the rows of all ranks."""
 
     def __init__(self, path: Path, ranks: int) -> None:
-        """Open `path`, or make it."""
+        """Open `path`, or make it; of ranks that do so at once all open the same, whole file."""
         if not path.exists():
-            path.write_bytes(bytes(_ROW * ranks))
+            own = path.with_name(f"{path.name}.{os.getpid()}")
+            own.write_bytes(bytes(_ROW * ranks))
+            with suppress(FileExistsError):
+                os.link(own, path)
+            own.unlink()
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
 
