@@ -76,9 +76,12 @@ class MegatronEngine:
             # Not inference mode: megatron-core keeps gather buffers between calls, and one that was made in
             # inference mode would break the next training step.
             with torch.no_grad():
+                # Made anew for each call, since the weights change between two, and once for all of its waves.
+                rows = sampling.num_rollouts * max(some.stop - some.start for some in divide(wave, self.groups))
+                stage = DecodeStage(self.policy, rows) if self.bypasses else self.policy
                 for start in range(0, len(prefixes), wave):
                     some = slice(start, start + wave)
-                    parts.append(self._wave(prefixes[some], sample_indices[some], sampling))
+                    parts.append(self._wave(prefixes[some], sample_indices[some], sampling, stage))
                     on_wave(start, parts[-1])
         finally:
             self.policy.train(was_training)
@@ -89,14 +92,16 @@ class MegatronEngine:
     def close(self) -> None:
         """Nothing is open."""
 
-    def _wave(self, prefixes: Sequence[TokenArray], sample_indices: Sequence[int], sampling: Sampling) -> Rollouts:
+    def _wave(
+        self,
+        prefixes: Sequence[TokenArray],
+        sample_indices: Sequence[int],
+        sampling: Sampling,
+        stage: Callable[..., torch.Tensor],
+    ) -> Rollouts:
         """Prefill each prefix once and decode all its rows together, in groups, block after block of tokens."""
         k, count = sampling.num_rollouts, sampling.max_new_tokens
         tokens = torch.zeros(len(prefixes) * k, count, dtype=torch.int64, device=self.world.device)
-        parts = divide(len(prefixes), self.groups)
-        # Made anew for each wave, because the weights change between two calls.
-        rows = k * max(some.stop - some.start for some in parts)
-        stage = DecodeStage(self.policy, rows) if self.bypasses else self.policy
         groups = [
             RowGroup(
                 prefixes[some],
@@ -105,7 +110,7 @@ class MegatronEngine:
                 tokens[some.start * k : some.stop * k],
                 GraphedStage(self.policy, stage) if self.cuda_graph else stage,
             )
-            for some in parts
+            for some in divide(len(prefixes), self.groups)
         ]
         for first in range(0, count, self.block):
             self.at_boundary()
