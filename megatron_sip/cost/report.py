@@ -188,8 +188,9 @@ def remarks(plan: Plan) -> list[str]:
     share = run.global_batch_size // (plan.case.cluster.gpus // run.model_parallel)
     if run.rollout_batch_size is None and plan.memory.wave < share:
         lines.append(
-            f"Say --rollout-batch-size {plan.memory.wave} in the run: without it the trainer writes the rollouts of "
-            f"all {share} prefixes of a rank at once, and they do not fit."
+            f"The rollouts of a rank's {share} prefixes do not fit at once and are planned in waves of "
+            f"{plan.memory.wave}; the trainer plans its own from what is free on its GPUs, unless --rollout-batch-size "
+            "is given."
         )
     if run.use_distributed_optimizer:
         lines.append("The trainer takes --use-distributed-optimizer only without --save, and with --reference frozen.")

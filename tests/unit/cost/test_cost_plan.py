@@ -196,9 +196,9 @@ def test_what_the_trainer_must_be_told_is_said() -> None:
     few = replace(PAPER, cluster=replace(PAPER.cluster, gpus=1))
     plan = make_plan(few)
     assert plan.memory.wave < 256
-    assert any(f"Say --rollout-batch-size {plan.memory.wave}" in line for line in remarks(plan))
+    assert any(f"in waves of {plan.memory.wave}; the trainer plans its own" in line for line in remarks(plan))
     given = make_plan(with_run(few, rollout_batch_size=plan.memory.wave))
-    assert not any("Say --rollout-batch-size" in line for line in (*remarks(given), *remarks(make_plan(PAPER))))
+    assert not any("in waves of" in line for line in (*remarks(given), *remarks(make_plan(PAPER))))
     assert any(
         "--reference frozen" in line for line in remarks(make_plan(with_run(few, use_distributed_optimizer=True)))
     )
