@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sip.checkpoint.hf_names import padded_query_groups, padded_vocab_size
+from megatron_sip.checkpoint.hf_names import padded_vocab_size
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.config.stages import largest_stage
 from megatron_sip.cost.settings import RunSettings
@@ -86,15 +86,17 @@ def _activations(model: ModelSizes, run: RunSettings, data_parallel: int, row_pa
 
 
 def rollout_sizes(model: ModelSizes, run: RunSettings) -> StageSizes:
-    """Those of a rank on the fullest stage, and of the LM head, as if that stage had it."""
+    """Those of a rank on the fullest stage, and of the LM head, as if that stage had it.
+
+    `model` is the policy as it is trained, whose query groups TP divides.
+    """
     tp = run.tensor_model_parallel_size
-    groups = padded_query_groups(model.num_query_groups, tp)
     vocabulary = padded_vocab_size(model.vocab_size, ModelConfig.make_vocab_size_divisible_by, tp)
     return StageSizes(
         layers=largest_stage(model.num_layers, run.pipeline_model_parallel_size),
         hidden=model.hidden_size,
-        heads=groups * model.num_attention_heads // model.num_query_groups // tp,
-        groups=groups // tp,
+        heads=model.num_attention_heads // tp,
+        groups=model.num_query_groups // tp,
         head_width=model.kv_channels,
         ffn=model.ffn_hidden_size // tp,
         columns=vocabulary // tp,
