@@ -119,11 +119,11 @@ class StaticDecodeCache(DecodeCache):
 
     def __init__(self, prefill: PrefillCache, num_rollouts: int, max_new_tokens: int) -> None:
         super().__init__(prefill, num_rollouts, max_new_tokens)
-        for tensor in (tensor for layer in self.suffix.values() for tensor in layer):
-            tensor.zero_()  # a weight of 0 does not silence a NaN
-        device = next(iter(prefill.layers.values()))[0].device
-        self.place = torch.zeros(1, dtype=torch.int64, device=device)
-        self._places = torch.arange(max_new_tokens, device=device)
+        for keys, values in self.suffix.values():
+            for tensor in (keys, values):
+                tensor.zero_()  # a weight of 0 does not silence a NaN
+        self.place = torch.zeros(1, dtype=torch.int64, device=keys.device)
+        self._places = torch.arange(max_new_tokens, device=keys.device)
 
     def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
         keys, values = self.suffix[layer]
