@@ -36,6 +36,8 @@ PR_SET_PDEATHSIG = 1
 CPU_BLOCK = 32
 """Tokens of a block of the prefix cache on a CPU; vLLM prefers multiples of 32 there."""
 PROGRESS_SECONDS = 5.0
+RECEIVER = "megatron_sip.rollout.receiver.WeightReceiver"
+"""What takes weights over a connection (--rollout-transfer of the trainer) in the server's processes."""
 KEYS = ("JUDGE_API_KEY", "ROLLOUT_API_KEY")
 KEYS_OF_OTHERS = ("REWRITER_API_KEY", "WANDB_API_KEY")
 
@@ -191,6 +193,7 @@ def server_command(args: argparse.Namespace, python: str, device: str, port: int
     if args.rollouts:
         # What the model's folder says of sampling is meant for its users, not for the policy that is trained.
         command += ["--generation-config", "vllm"]
+        command += ["--worker-extension-cls", RECEIVER]
     return command + list(args.vllm_flags)
 
 
@@ -222,6 +225,8 @@ def server_environment(device: str, threads: int, kv_cache_gib: int, rollouts: b
     key = keys["ROLLOUT_API_KEY" if rollouts else "JUDGE_API_KEY"]
     if rollouts:
         env["VLLM_SERVER_DEV_MODE"] = "1"
+        # For RECEIVER; behind what is there already.
+        env["PYTHONPATH"] = os.pathsep.join([part for part in (env.get("PYTHONPATH"), str(ROOT)) if part])
     if key:
         env.setdefault("VLLM_API_KEY", key.strip())  # as the client sends it
     if device == "cpu":

@@ -215,9 +215,13 @@ class RolloutConfig:
     """Base URLs of the vLLM servers of --rollout-engine vllm, each of one server. The key: env ROLLOUT_API_KEY."""
     rollout_model: str | None = None
     """Model name on these servers; default the only one they serve."""
+    rollout_transfer: Literal["folder", "gloo", "nccl"] = "folder"
+    """How the weights reach these servers: they read them in a folder that they share with the trainer, or the trainer
+    sends them over a connection, by gloo through the processors' memory, by nccl between GPUs."""
     rollout_weights_dir: str | None = None
-    """Folder through which the weights go; the servers see it under the same path. Default, where all servers are on
-    this machine: a folder in memory (/dev/shm), else the one for temporary files."""
+    """Folder that the weights are written to. With --rollout-transfer folder the servers see it under the same path;
+    else nobody but the main rank reads it. Default, where it is not shared between machines: a folder in memory
+    (/dev/shm), else the one for temporary files."""
     rollout_proof: Literal["checksum", "logprobs"] = "checksum"
     """How a server proves that it has the new weights. logprobs: by those of a text, within --rollout-tolerance;
     checksum: by those and by the checksums of its tensors, exactly."""

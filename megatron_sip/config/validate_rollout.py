@@ -13,7 +13,7 @@ from megatron_sip.services.endpoint import parse_endpoints
 from megatron_sip.services.settings import rollout_settings
 
 _OF_SERVERS = (
-    *("rollout_url", "rollout_model", "rollout_weights_dir", "rollout_proof", "rollout_tolerance"),
+    *("rollout_url", "rollout_model", "rollout_transfer", "rollout_weights_dir", "rollout_proof", "rollout_tolerance"),
     *("rollout_concurrency", "rollout_timeout", "rollout_retries", "allow_insecure_rollout"),
 )
 
@@ -66,14 +66,14 @@ def rollout_problems(config: Config) -> Iterator[str]:
 
 
 def _folder(rollout: RolloutConfig) -> Iterator[str]:
-    folder = rollout.rollout_weights_dir
+    folder, is_shared = rollout.rollout_weights_dir, rollout.rollout_transfer == "folder"
     if folder is None:
-        if not all_local(rollout.rollout_url):
+        if is_shared and not all_local(rollout.rollout_url):
             yield (
                 "--rollout-weights-dir is missing; servers on other machines need a shared folder, which they see "
-                "under the same path as the trainer"
+                "under the same path as the trainer, or --rollout-transfer gloo or nccl"
             )
-    elif not os.path.isabs(folder):
+    elif is_shared and not os.path.isabs(folder):
         yield (
             f"--rollout-weights-dir {folder} is no absolute path, and the servers run in folders of their own; begin "
             "it with /"

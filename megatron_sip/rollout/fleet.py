@@ -17,11 +17,13 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from megatron_sip.errors import ServiceError
+from megatron_sip.rollout.calls import UnusableError
+from megatron_sip.rollout.delivery import ByFolder, Delivery
 from megatron_sip.rollout.engine import Sampling
 from megatron_sip.rollout.label import is_proven, loaded_by
 from megatron_sip.rollout.proof import FolderChecksums, Weights
 from megatron_sip.rollout.requests import Ask
-from megatron_sip.rollout.server import PushTimes, RolloutServer, UnusableError, Wanted
+from megatron_sip.rollout.server import PushTimes, RolloutServer, Wanted
 from megatron_sip.rollout.writing import Rows, Writers, write
 from megatron_sip.services.background import BackgroundLoop, cancel_others
 from megatron_sip.services.client import ServiceClient
@@ -46,9 +48,15 @@ class RolloutFleet:
     Constructing checks settings only (ConfigError). The methods are called from one thread.
     """
 
-    def __init__(self, settings: ClientSettings, wanted: Wanted, environ: Mapping[str, str] | None = None) -> None:
-        self._settings, self._environ = settings, environ
-        self._servers = [RolloutServer(settings, url, wanted, environ) for url in settings.urls]
+    def __init__(
+        self,
+        settings: ClientSettings,
+        wanted: Wanted,
+        delivery: Delivery = ByFolder(),  # noqa: B008  # it has no state
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._settings, self._environ, self._delivery = settings, environ, delivery
+        self._servers = [RolloutServer(settings, url, wanted, delivery, environ) for url in settings.urls]
         self._vocab_size = wanted.model.vocab_size or 0
         self._writers: tuple[tuple[str, ...], ServiceClient] | None = None
         self._loop: BackgroundLoop | None = None
@@ -86,6 +94,14 @@ class RolloutFleet:
         The future raises ServiceError where none has, unless all are only away and there was a push before.
         """
         return self._running().submit(self._push(weights))
+
+    def submit_upkeep(self, weights: Weights) -> Future[None] | None:
+        """Send the weights again to servers that lost them, until this future is cancelled.
+
+        None where it is not needed, since each leader does so for itself. Where only this one can, it must while any
+        other may still write, also when its own rollouts are there.
+        """
+        return None if self._delivery.by_any_leader else self._running().submit(self._upkeep(weights))
 
     def submit_rollouts(
         self, asks: Sequence[Ask], sampling: Sampling, weights: Weights, hear: Hear = lambda _rows: None
@@ -187,9 +203,44 @@ class RolloutFleet:
                         raise ServiceError(f"the servers of --rollout-url write no rollouts: {fault}")
                     self.waits_for = f"no server of --rollout-url writes rollouts ({fault})"
                 await asyncio.sleep(PAUSE_SECONDS)
-                await self._restore(weights, at_work)
+                if self._delivery.by_any_leader:
+                    await self._restore(weights, at_work)
+                else:
+                    self._lose_patience(weights.version, await self._labels(), at_work)
         finally:
             self.waits_for = None
+
+    async def _upkeep(self, weights: Weights) -> None:
+        at_work: dict[str, float] = {}
+        try:
+            while True:
+                await asyncio.sleep(PAUSE_SECONDS)
+                try:
+                    await self._restore(weights, at_work)
+                except ServiceError as error:  # who writes gives up in the end
+                    logger.warning("the weights were lost and could not be sent again: %s", error)
+        finally:
+            self.waits_for = None
+
+    def _lose_patience(self, version: str, labels: Mapping[RolloutServer, str | None], seen: dict[str, float]) -> None:
+        """Give up on servers that answer, but do not get these weights from the leader who has them.
+
+        Those that do not answer are waited for. `seen` keeps since when each answers without them.
+
+        Raises:
+            ServiceError: all that answer do so for longer than a call may take.
+        """
+        there = {server.url: label for server, label in labels.items() if label is not None}
+        if not there or any(is_proven(label, version) for label in there.values()):
+            seen.clear()
+            return
+        now = time.monotonic()
+        waited = [now - seen.setdefault(url, now) for url in there]
+        if min(waited) > self._settings.timeout:
+            raise ServiceError(
+                f"the servers of --rollout-url lost their weights ({', '.join(there)}), and the main rank could not "
+                "send them again; its output says why"
+            )
 
     async def _holders(self, version: str, losses: Mapping[RolloutServer, int]) -> dict[RolloutServer, str]:
         """The servers that hold these weights, with their labels; without those that lost them too often.

@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,8 @@ from megatron_sip.checkpoint.hf_config import model_config_from_hf, model_differ
 from megatron_sip.config.groups import ModelConfig
 from megatron_sip.errors import CheckpointError, ServiceError
 from megatron_sip.rollout.address import require_private
+from megatron_sip.rollout.calls import Reach, UnusableError, answered
+from megatron_sip.rollout.delivery import Delivery
 from megatron_sip.rollout.label import failed_label, loading_label, proven_label
 from megatron_sip.rollout.proof import (
     FLOAT32_TOLERANCE,
@@ -34,22 +35,13 @@ from megatron_sip.rollout.proof import (
 from megatron_sip.rollout.requests import probe_body, probe_logprobs
 from megatron_sip.services.client import ServiceClient
 from megatron_sip.services.endpoint import ClientSettings
-from megatron_sip.types import Missing, MissingReason
+from megatron_sip.types import Missing
 
 CACHE_RESETS = 5
 """A reset of the prefix cache fails while a request still holds blocks of it, which passes."""
 RESET_PAUSE_SECONDS = 0.5
 NAMING_SECONDS = 5.0
 """The last word of a push goes out once and soon: no server starts anew so fast that it could take it for another."""
-_HOW_TO_START = "start it with VLLM_SERVER_DEV_MODE=1 (tools/serve_vllm.py --rollouts)"
-
-
-class UnusableError(Exception):
-    """Why a server cannot be used now. `passing`: it may be well again by itself."""
-
-    def __init__(self, text: str, passing: bool = False) -> None:
-        super().__init__(text)
-        self.passing = passing
 
 
 @dataclass(frozen=True)
@@ -74,12 +66,21 @@ class PushTimes:
 class RolloutServer:
     """One server. Construct anywhere; use inside one running event loop."""
 
-    def __init__(self, settings: ClientSettings, url: str, wanted: Wanted, environ: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        settings: ClientSettings,
+        url: str,
+        wanted: Wanted,
+        delivery: Delivery,
+        environ: Mapping[str, str] | None,
+    ) -> None:
         self.url = url
         own = replace(settings, urls=(url,))
         self.client = ServiceClient(own, environ)
+        self._single = ServiceClient(replace(own, retries=0), environ)
         self._once = ServiceClient(replace(own, retries=0, timeout=min(own.timeout, NAMING_SECONDS)), environ)
-        self._wanted = wanted
+        self._wanted, self._delivery = wanted, delivery
+        self._reach = Reach(url, self.client, self._single)
         self._model = settings.model or ""
         self._before: tuple[Probe, tuple[float, ...]] | None = None
 
@@ -98,8 +99,8 @@ class RolloutServer:
         """
         if not self._wanted.allow_public:
             await asyncio.to_thread(require_private, self.url)
-        await self.client.open()
-        await self._once.open()
+        for client in (self.client, self._single, self._once):
+            await client.open()
         info = await self.client.check()
         self._model = info.model
         if info.max_model_len is not None and info.max_model_len < self._wanted.seq_length:
@@ -109,6 +110,7 @@ class RolloutServer:
             )
         try:
             await self.label()
+            await self._delivery.check(self._reach)
             if thoroughly:
                 await self._require_same_model(info.root)
         except UnusableError as error:
@@ -146,8 +148,8 @@ class RolloutServer:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self.client.close()
-        await self._once.close()
+        for client in (self.client, self._single, self._once):
+            await client.close()
 
     async def push(self, weights: Weights, checksums: FolderChecksums, attempt: str) -> PushTimes:
         """Let the server load the weights, prove it, and give them their label there.
@@ -163,7 +165,7 @@ class RolloutServer:
         loading = loading_label(weights.version, attempt)
         await self._set_label(self.client, loading)
         try:
-            await self._reload(weights)
+            await self._delivery.bring(self._reach, weights)
             await self._empty_cache()
             loaded = time.monotonic()
             await self._prove(weights, checksums)
@@ -187,30 +189,18 @@ class RolloutServer:
         Raises:
             UnusableError: it does not answer.
         """
-        answer = await self._answer(self.client.get("/weight_info", at_root=True))
+        answer = await answered(self.client.get("/weight_info", at_root=True))
         return str(answer.get("weight_version"))
 
     async def _set_label(self, client: ServiceClient, label: str) -> None:
-        await self._answer(client.post("/update_weight_version", {"new_version": label}, at_root=True))
-
-    async def _reload(self, weights: Weights) -> None:
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
-        answer = await self.client.post("/collective_rpc", body, at_root=True)
-        if isinstance(answer, Missing):
-            if _is_away(answer):
-                raise UnusableError(f"the weights could not be sent ({answer.detail})", passing=True)
-            raise UnusableError(
-                f"it could not load the weights in {weights.folder} ({answer.detail}); it must see that folder under "
-                "the same path (--rollout-weights-dir). Its log has the reason; it is without whole weights until a "
-                "reload succeeds or it is started anew"
-            )
+        await answered(client.post("/update_weight_version", {"new_version": label}, at_root=True))
 
     async def _empty_cache(self) -> None:
         """Drop keys and values of the old weights, those in a store beside the server too; a reload does not."""
         for attempt in range(CACHE_RESETS):
             if attempt:
                 await asyncio.sleep(RESET_PAUSE_SECONDS)
-            answer = await self._answer(self.client.post("/reset_prefix_cache?reset_external=true", {}, at_root=True))
+            answer = await answered(self.client.post("/reset_prefix_cache?reset_external=true", {}, at_root=True))
             if answer.get("success") is True:
                 return
         raise UnusableError("its prefix cache could not be emptied, since requests of somebody hold it", passing=True)
@@ -218,7 +208,7 @@ class RolloutServer:
     async def _prove(self, weights: Weights, checksums: FolderChecksums) -> None:
         dtypes = await self._compare(checksums) if self._wanted.checksums else frozenset()
         probe, text = weights.probe, probe_body(weights.probe.tokens, self._model, weights.version)
-        answer = await self._answer(self.client.post("/completions", text), development=False)
+        answer = await answered(self.client.post("/completions", text), development=False)
         served = probe_logprobs(answer, probe.tokens)
         if isinstance(served, str):
             raise UnusableError(f"the answer to the probe is of no use: {served}")
@@ -248,28 +238,11 @@ class RolloutServer:
 
     async def _checksums(self) -> dict[str, str]:
         """The checksum of each of the server's tensors, by the place and name that vLLM gives it."""
-        answer = await self._answer(self.client.post("/weight_checker", {"action": "checksum"}, at_root=True))
+        answer = await answered(self.client.post("/weight_checker", {"action": "checksum"}, at_root=True))
         shown = answer.get("checksums")
         if not isinstance(shown, dict):
             raise UnusableError("it shows no checksums of its weights; say --rollout-proof logprobs")
         return {str(place): str(digest) for place, digest in shown.items()}
-
-    async def _answer(self, call: Awaitable[dict[str, Any] | Missing], *, development: bool = True) -> dict[str, Any]:
-        """What a route answers; `development` ones are there in development mode only.
-
-        Raises:
-            UnusableError: the call failed; how to mend it where the route is not there.
-        """
-        answer = await call
-        if not isinstance(answer, Missing):
-            return answer
-        if development and answer.reason is MissingReason.HTTP_STATUS and answer.detail.startswith("404"):
-            raise UnusableError(f"it has no development endpoints ({answer.detail}); {_HOW_TO_START}")
-        raise UnusableError(f"it does not answer as it should ({answer.detail})", passing=_is_away(answer))
-
-
-def _is_away(missing: Missing) -> bool:
-    return missing.reason in (MissingReason.CONNECTION, MissingReason.TIMEOUT) or missing.detail.startswith("503")
 
 
 def differing_config(root: str | None, model: ModelConfig) -> list[str]:

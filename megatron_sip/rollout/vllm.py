@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +28,7 @@ from megatron_sip.model.build import first_layer
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.leader import Leader, StopRequestedError
 from megatron_sip.parallel.world import World
+from megatron_sip.rollout.delivery import ByConnection, ByFolder
 from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
 from megatron_sip.rollout.fleet import RolloutFleet
 from megatron_sip.rollout.probe import policy_logprobs
@@ -52,6 +53,7 @@ class VllmEngine:
     `at_boundary` is called before the weights are sent, and may raise to give the rollouts up.
 
     Raises:
+        ConfigError: `--rollout-transfer nccl` on a CPU.
         ServiceError: a server cannot write this policy's rollouts.
         CheckpointError: `--rollout-weights-dir` cannot be written.
     """
@@ -66,6 +68,8 @@ class VllmEngine:
     ) -> None:
         self.policy, self.config, self.world, self.leader = policy, config, world, leader
         self.at_boundary = at_boundary
+        transfer = config.rollout.rollout_transfer
+        self._delivery = ByFolder() if transfer == "folder" else ByConnection(transfer, world.device)
         self._pushes = 0
         self._run = from_main(world, lambda: uuid.uuid4().hex[:12])
         self._probe_tokens: tuple[int, ...] = ()
@@ -93,7 +97,7 @@ class VllmEngine:
         )
         if world.is_main:
             self._folder = WeightsFolder(rollout.rollout_weights_dir)
-        self._fleet = RolloutFleet(rollout_settings(rollout), wanted)
+        self._fleet = RolloutFleet(rollout_settings(rollout), wanted, self._delivery)
         # They hash all of their weights for a thorough one, so one leader asks for it.
         return self._fleet.submit_start(thoroughly=world.is_main)
 
@@ -119,7 +123,8 @@ class VllmEngine:
         pushed = time.perf_counter()
         asks = plan_asks(prefixes, sample_indices, sampling)
         waves = Waves(asks, sampling, on_wave)
-        rows = self._wait(self._fleet.submit_rollouts(asks, sampling, weights, waves.hear) if self._fleet else None)
+        with self._upkeep(weights):
+            rows = self._wait(self._fleet.submit_rollouts(asks, sampling, weights, waves.hear) if self._fleet else None)
         wrote = time.perf_counter() - pushed
         rollouts = self._to_all(asks, rows, len(prefixes), sampling)
         if not self._fleet:
@@ -204,6 +209,16 @@ class VllmEngine:
             if future is not None:
                 future.cancel()
             raise
+
+    @contextmanager
+    def _upkeep(self, weights: Weights) -> Iterator[None]:
+        """On the main rank, and where only it can: servers that lose the weights get them again meanwhile."""
+        future = self._fleet.submit_upkeep(weights) if self._fleet and self.world.is_main else None
+        try:
+            yield
+        finally:
+            if future is not None:
+                future.cancel()
 
     def _tell_news(self) -> None:
         """On the main rank: which servers are left out from now on, and why; and which are used again."""

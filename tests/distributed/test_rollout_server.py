@@ -22,7 +22,12 @@ from tiny_run import DATA, TRAINING
 
 from megatron_sip.ports import free_port
 
-LAYOUTS = ("--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2", "")
+LAYOUTS = (
+    "--tensor-model-parallel-size 2 --sequence-parallel",
+    "--pipeline-model-parallel-size 2 --rollout-transfer gloo",
+    "",
+    "--rollout-transfer gloo",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,7 @@ def test_both_engines_write_the_same(root: Path, tmp_path: Path) -> None:
         (tmp_path / "cases.json").write_text(json.dumps(cases))
         run_checks("check_rollout_server.py", 2, str(tmp_path / "cases.json"))
         assert len(set(server.checksums)) == 3, "three different weights were there"
+        assert server.receptions == len(server.reloads), "half of the layouts send them over a connection"
     assert list((root / "weights").iterdir()) == []
 
 

@@ -61,7 +61,8 @@ def checksums(url: str) -> dict[str, str]:
 
 def test_both_engines_write_the_same(root: Path, url: str) -> None:
     before = checksums(url)
-    cases = [{"argv": [*flags(root, url), "--sequence-parallel"], "port": free_port()}]
+    sent = (["--sequence-parallel"], ["--rollout-transfer", "gloo"])
+    cases = [{"argv": [*flags(root, url), *more], "port": free_port()} for more in sent]
     (root / "cases.json").write_text(json.dumps(cases))
     print(run_checks(str(CHECK), 2, str(root / "cases.json"), timeout=500))
     after = checksums(url)

@@ -6,12 +6,14 @@ layers in a form that shows no checksum. Its sampler is its own.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import re
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from aiohttp import web
 from fake_server import FakeServer, respond, status
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_sip.rollout.receiver import WeightReceiver
 
 SIZES = {
     "hidden_size": 32,
@@ -53,14 +57,32 @@ def logprobs_of(model: LlamaForCausalLM, tokens: list[int]) -> list[float]:
     return table[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1).tolist()
 
 
+class Worker(WeightReceiver):
+    """One rank of a server, which takes weights by the receiver that runs in vLLM."""
+
+    def __init__(self, rank: int, size: int, falls_at: str | None) -> None:
+        parallel = SimpleNamespace(data_parallel_index=0, world_size=size, world_size_across_dp=size)
+        self.vllm_config, self.rank = SimpleNamespace(parallel_config=parallel), rank
+        self.device = torch.device("cpu")
+        self.falls_at = falls_at
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights_iterator:
+            if name == self.falls_at:
+                raise RuntimeError(f"no room for {name}")
+            self.tensors[name] = tensor
+
+
 class FakeRolloutServer(FakeServer):
     """A server whose own folder is `folder`, where `restart` goes back to, and which it tells with `root`.
 
     `ignores_reloads` answers well and keeps its weights; `forgets_some` loads all but the embedding; the next reloads
     answer the statuses of `breaks_reloads`, and load as little. `twist` is done to every continuation, for which
     `pause` may wait by its prompt, and which comes with `text`. `reloads` are the folders it was told to load,
-    `checksums` the embedding's after each. `on_route` is called by the path of a request before its answer, `queries`
-    are paths with their queries.
+    `checksums` the embedding's after each. Weights that come over a connection, `receptions` times, go to all of its
+    `ranks`, which must get the same; 0 has no receiver. It fails when the tensor `falls_at` has come. `on_route` is
+    called by the path of a request before its answer, `queries` are paths with their queries.
     """
 
     def __init__(self, folder: Path, *, development: bool = True, root: bool = False, **options: Any) -> None:
@@ -71,6 +93,8 @@ class FakeRolloutServer(FakeServer):
             self.models_handler = respond({"object": "list", "data": [entry]})
         self.development = development
         self.ignores_reloads = self.forgets_some = False
+        self.ranks, self.receptions = 1, 0
+        self.falls_at: str | None = None
         self.breaks_reloads: list[int] = []
         self.cache_resets = 0
         self.cache_is_held = 0
@@ -92,7 +116,7 @@ class FakeRolloutServer(FakeServer):
     def add_routes(self, app: web.Application) -> None:
         if self.development:
             app.router.add_get("/weight_info", self._weight_info)
-            app.router.add_post("/collective_rpc", self._scripted(self._reload))
+            app.router.add_post("/collective_rpc", self._scripted(self._call_ranks))
             app.router.add_post("/reset_prefix_cache", self._scripted(self._reset))
             app.router.add_post("/weight_checker", self._scripted(self._check))
             app.router.add_post("/update_weight_version", self._scripted(self._name))
@@ -105,14 +129,31 @@ class FakeRolloutServer(FakeServer):
         self._before(request)
         return web.json_response({"weight_version": self.version})
 
-    async def _reload(self, request: web.Request) -> web.StreamResponse:
+    async def _call_ranks(self, request: web.Request) -> web.StreamResponse:
         self._before(request)
         body = await request.json()
-        assert body["method"] == "reload_weights"
-        path = Path(body["kwargs"]["weights_path"])
-        self.reloads.append(path)
+        if body["method"] == "reload_weights":
+            path = Path(body["kwargs"]["weights_path"])
+            self.reloads.append(path)
+            return await self._load(request, load_file(path / "model.safetensors"))
+        if self.ranks == 0:
+            return web.json_response({"error": {"message": "no attribute", "code": 500}}, status=500)
+        workers = [Worker(rank, self.ranks, self.falls_at) for rank in range(self.ranks)]
+        if body["method"] == "weight_receiver":
+            return web.json_response({"results": [worker.weight_receiver() for worker in workers]})
+        assert body["method"] == "receive_policy_weights"
+        self.receptions += 1
+        calls = [asyncio.to_thread(worker.receive_policy_weights, **body["kwargs"]) for worker in workers]
+        told = await asyncio.gather(*calls, return_exceptions=True)
+        fault = next((one for one in told if isinstance(one, BaseException)), None)
+        if fault is not None:
+            return web.json_response({"error": {"message": str(fault), "code": 500}}, status=500)
+        for worker in workers[1:]:
+            assert all(torch.equal(tensor, workers[0].tensors[name]) for name, tensor in worker.tensors.items())
+        return await self._load(request, workers[0].tensors)
+
+    async def _load(self, request: web.Request, tensors: dict[str, torch.Tensor]) -> web.StreamResponse:
         if not self.ignores_reloads:
-            tensors = load_file(path / "model.safetensors")
             half = self.forgets_some or bool(self.breaks_reloads)
             if half:
                 del tensors["model.embed_tokens.weight"]

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.config.groups import RolloutConfig
+from megatron_sip.rollout.delivery import ByFolder
 from megatron_sip.rollout.engine import Sampling
 from megatron_sip.rollout.fleet import RolloutFleet
 from megatron_sip.rollout.proof import Probe, Weights
@@ -37,7 +38,10 @@ def weights(folder: Path, version: str) -> Weights:
 
 @contextmanager
 def fleet_of(folder: Path, *servers: FakeRolloutServer, **wanted: Any) -> Iterator[RolloutFleet]:
-    """A fleet over these servers, started; `retries`, `concurrency`, `timeout` and `thoroughly` may be given too."""
+    """A fleet over these servers, started.
+
+    `retries`, `concurrency`, `timeout`, `thoroughly` and `delivery` may be given beside the fields of `Wanted`.
+    """
     rollout = RolloutConfig(
         rollout_url=tuple(one.url for one in servers),
         rollout_retries=wanted.pop("retries", 0),
@@ -45,8 +49,10 @@ def fleet_of(folder: Path, *servers: FakeRolloutServer, **wanted: Any) -> Iterat
         rollout_timeout=wanted.pop("timeout", 5.0),
     )
     thoroughly = wanted.pop("thoroughly", True)
+    delivery = wanted.pop("delivery", ByFolder())
     model = model_config_from_hf(folder)
-    fleet = RolloutFleet(rollout_settings(rollout), replace(Wanted(model, 100, True, None, False), **wanted), {})
+    own = replace(Wanted(model, 100, True, None, False), **wanted)
+    fleet = RolloutFleet(rollout_settings(rollout), own, delivery, environ={})
     try:
         fleet.submit_start(thoroughly).result(30)
         yield fleet

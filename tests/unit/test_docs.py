@@ -24,7 +24,7 @@ TORCHRUN = {
     "--shutdown-timeout",
 }
 SBATCH = {"--nodes", "--cpus-per-task", "--gpus-per-node", "--time"}
-VLLM = {"--hf-overrides", "--block-size", "--weight-transfer-config"}
+VLLM = {"--hf-overrides", "--block-size", "--worker-extension-cls", "--data-parallel-size"}
 # What a page names as an example of what is refused.
 WRONG_ON_PURPOSE = {"--x", "--y", "--x-api-key"}
 
@@ -84,6 +84,7 @@ def owners(command: str) -> Iterator[tuple[str, set[str]]]:
         ("examples/slurm/sip_llama.sbatch", trainer_flags()),
         ("examples/serve_judge.sh", VLLM | {"--help"}),
         ("tests/run.sh", shell_flags()),
+        ("vllm serve", VLLM),
         ("torchrun", TORCHRUN),
         ("-m torch.distributed.run", TORCHRUN),
         ("sbatch ", SBATCH),

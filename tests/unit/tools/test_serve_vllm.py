@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ TOOL = ROOT / "tools" / "serve_vllm.py"
 # Serves /health, starts a child as vLLM starts its engine, and writes down what it was given.
 STAND_IN = """
 import http.server, json, os, signal, subprocess, sys
+from importlib import import_module
 from pathlib import Path
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 note = Path(os.environ["STAND_IN_NOTE"])
@@ -166,6 +168,8 @@ def test_a_rollout_server_has_the_development_endpoints_and_its_own_key(launch: 
     assert isinstance(argv, list)
     assert isinstance(env, dict)
     assert argv[argv.index("--generation-config") + 1] == "vllm"
+    module, _, name = argv[argv.index("--worker-extension-cls") + 1].rpartition(".")
+    assert hasattr(import_module(module), name)
     assert (env["VLLM_API_KEY"], env["JUDGE_API_KEY"], env["ROLLOUT_API_KEY"]) == ("secret-key", None, None)
     assert env["VLLM_SERVER_DEV_MODE"] == "1"
 

@@ -1,0 +1,168 @@
+"""How weights come to a rollout server: through a folder that both see, or over a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+
+from megatron_sip.checkpoint.safetensors_io import SafetensorsFolder
+from megatron_sip.errors import CheckpointError, ConfigError
+from megatron_sip.rollout.calls import Reach, UnusableError, checked, is_away
+from megatron_sip.rollout.proof import Weights
+from megatron_sip.rollout.receiver import STALL_SECONDS, Tensors, own_address
+from megatron_sip.rollout.transfer import Meeting, TransferError, send
+from megatron_sip.types import Missing
+
+T = TypeVar("T")
+
+_HOW_TO_RECEIVE = (
+    "start it by tools/serve_vllm.py --rollouts, or with --worker-extension-cls "
+    "megatron_sip.rollout.receiver.WeightReceiver and the checkout on its PYTHONPATH"
+)
+LAST_TENSOR_SECONDS = 5.0
+"""Between a server's word that it has all weights and the sender's own sight of it."""
+
+
+class Delivery(Protocol):
+    """Brings exported weights to a server.
+
+    `by_any_leader`: whether every leader can, or only that of the process that exported them.
+    """
+
+    by_any_leader: bool
+
+    async def check(self, to: Reach) -> None:
+        """Whether the server can take weights in this way. Raises UnusableError where it cannot."""
+
+    async def bring(self, to: Reach, weights: Weights) -> None:
+        """Let the server load them.
+
+        Raises:
+            UnusableError: it does not have them whole.
+        """
+
+
+class ByFolder:
+    """The server reads the folder itself, which it must see under the same path."""
+
+    by_any_leader = True
+
+    async def check(self, to: Reach) -> None:
+        """Nothing: whether it sees the folder shows with the first weights."""
+
+    async def bring(self, to: Reach, weights: Weights) -> None:
+        """See `Delivery.bring`."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
+        answer = await to.client.post("/collective_rpc", body, at_root=True)
+        if isinstance(answer, Missing):
+            if is_away(answer):
+                raise UnusableError(f"the weights could not be sent ({answer.detail})", passing=True)
+            raise UnusableError(
+                f"it could not load the weights in {weights.folder} ({answer.detail}); it must see that folder under "
+                "the same path (--rollout-weights-dir). Its log has the reason; it is without whole weights until a "
+                "reload succeeds or it is started anew"
+            )
+
+
+class ByConnection:
+    """The weights are broadcast to all ranks of a server by gloo or nccl; see `receiver.py`.
+
+    Each server has a group of its own, so that one that dies takes nobody else's weights with it.
+    """
+
+    by_any_leader = False
+
+    def __init__(self, backend: Literal["gloo", "nccl"], device: torch.device) -> None:
+        if backend == "nccl" and device.type != "cuda":
+            raise ConfigError("--rollout-transfer nccl needs a GPU, and this rank has none; say gloo")
+        self._backend, self._device = backend, device if backend == "nccl" else torch.device("cpu")
+
+    async def check(self, to: Reach) -> None:
+        """See `Delivery.check`."""
+        await self._ranks(to)
+
+    async def _ranks(self, to: Reach) -> int:
+        """How many ranks the server has."""
+        answer = await to.single.post("/collective_rpc", {"method": "weight_receiver"}, at_root=True)
+        if isinstance(answer, Missing) and answer.detail.startswith("500"):
+            raise UnusableError(f"it has no receiver of weights ({answer.detail}); {_HOW_TO_RECEIVE}")
+        places = checked(answer).get("results")
+        if not isinstance(places, list) or not places or not all(isinstance(place, dict) for place in places):
+            raise UnusableError(f"its ranks do not say who they are: {str(places)[:200]}")
+        return int(places[0]["size"])
+
+    async def bring(self, to: Reach, weights: Weights) -> None:
+        """See `Delivery.bring`."""
+        size = 1 + await self._ranks(to)
+        try:
+            tensors = await asyncio.to_thread(described, weights.folder)
+            meeting = await asyncio.to_thread(meeting_for, to.url, size)
+        except (CheckpointError, OSError) as error:
+            raise UnusableError(f"the weights could not be sent ({error})", passing=True) from error
+        unwanted = threading.Event()
+        sending = asyncio.wrap_future(
+            _in_thread(lambda: send(meeting, weights.folder, tensors, self._backend, self._device, unwanted.is_set))
+        )
+        sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody asks any more
+        kwargs = {"host": meeting.address, "port": meeting.port, "backend": self._backend, "tensors": tensors}
+        body = {"method": "receive_policy_weights", "kwargs": kwargs}
+        try:
+            answer = await to.single.post("/collective_rpc", body, at_root=True)
+            if not isinstance(answer, Missing):
+                await asyncio.wait({sending}, timeout=LAST_TENSOR_SECONDS)
+        finally:
+            unwanted.set()
+        # A call of torch may not come back; then its thread is left behind.
+        await asyncio.wait({sending}, timeout=2 * STALL_SECONDS)
+        fault = sending.exception() if sending.done() else TransferError("the sender's call does not end")
+        if fault is not None and not isinstance(fault, TransferError):
+            raise fault
+        if isinstance(answer, Missing):
+            told = answer.detail if fault is None else f"{fault}; {answer.detail}"
+            raise UnusableError(f"it did not load the weights ({told}); its log has more", passing=is_away(answer))
+        if fault is not None:
+            raise UnusableError(f"the weights did not come through ({fault})")
+
+
+def meeting_for(url: str, size: int) -> Meeting:
+    """Where this process meets the ranks of the server at `url`.
+
+    Raises:
+        OSError: there is no way to it.
+    """
+    parts = urlsplit(url)
+    return Meeting(own_address(parts.hostname or "", parts.port or 80), size)
+
+
+def described(folder: Path) -> Tensors:
+    """Name, type and shape of the tensors of a folder, in the order in which they are sent.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    with SafetensorsFolder(folder) as source:
+        return [
+            (name, str(source.dtype(name)).removeprefix("torch."), list(source.lazy(name).get_shape()))
+            for name in sorted(source.names)
+        ]
+
+
+def _in_thread(action: Callable[[], T]) -> Future[T]:
+    """Run it in a thread that the end of the process does not wait for: a call of torch may not come back."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="sip-transfer", daemon=True).start()
+    return future
