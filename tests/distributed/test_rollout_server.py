@@ -101,7 +101,10 @@ def test_steps_of_the_method(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_a_run_waits_for_its_rollout_server_and_can_be_stopped_meanwhile(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transfer", ["folder", "gloo"])
+def test_a_run_waits_for_its_rollout_server_and_can_be_stopped_meanwhile(
+    root: Path, tmp_path: Path, transfer: str
+) -> None:
     """It goes away, comes back with other weights, gets those of the run again; then it hangs, and the run is told."""
     saved, log, metrics = tmp_path / "saved", tmp_path / "output.txt", tmp_path / "metrics.jsonl"
     first = FakeRolloutServer(root / "hf")
@@ -110,7 +113,16 @@ def test_a_run_waits_for_its_rollout_server_and_can_be_stopped_meanwhile(root: P
         return len(lines_of(metrics)) if metrics.exists() else 0
 
     with first:
-        own = [*flags(root, first.url), *TP2, "--train-iters", "1000", "--lr-decay-iters", "1000"]
+        own = [
+            *flags(root, first.url),
+            *TP2,
+            "--rollout-transfer",
+            transfer,
+            "--train-iters",
+            "1000",
+            "--lr-decay-iters",
+            "1000",
+        ]
         # The wait is longer than the deadline of its stage, which must not take it for a hang.
         own += ["--save", str(saved), "--metrics-file", str(metrics), "--stage-timeout", "480", "rollout=10"]
         with started(log, *own) as run:

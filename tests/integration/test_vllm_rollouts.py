@@ -34,11 +34,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def url(root: Path) -> Iterator[str]:
-    """Base URL (with /v1) of a rollout server in float32."""
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda ranks: f"{ranks}-ranks")
+def url(root: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Base URL (with /v1) of a rollout server in float32, tensor parallel over so many ranks."""
     own = ["--rollouts", "--dtype", "float32", "--max-model-len", "128", "--threads", "1"]
-    with served(root / "hf", root / "server.log", *own) as found:
+    own += ["--tensor-parallel-size", str(request.param)]
+    with served(root / "hf", root / f"server{request.param}.log", *own) as found:
         yield found
 
 
