@@ -87,7 +87,9 @@ class DecodeStage:
         policy = self.policy
         x = policy.embedding(input_ids, position_ids) if policy.pre_process else policy.decoder.input_tensor
         angles = policy.rotary_pos_emb(position_ids)
-        cos, sin = (part.chunk(2, dim=-1)[0].to(x.dtype)[..., None, :] for part in (angles.cos(), angles.sin()))
+        cos, sin = angles.cos(), angles.sin()
+        sin[..., : sin.shape[-1] // 2].neg_()  # a head's first half takes the second one's share with a minus
+        cos, sin = cos.to(x.dtype)[..., None, :], sin.to(x.dtype)[..., None, :]
         for layer in self.layers:
             x = x + self._attention(layer, layer.module.input_layernorm(x), cos, sin, cache)
             x = x + self._mlp(layer, layer.module.pre_mlp_layernorm(x))
@@ -121,6 +123,6 @@ class DecodeStage:
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions `[rows, 1, groups, heads, head_dim]`; `cos` and `sin` are `[rows, 1, 1, 1, head_dim / 2]`."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """Rotary positions of `[rows, 1, groups, heads, head_dim]`; `cos` and `sin`, negative in its first half, are
+    `[rows, 1, 1, 1, head_dim]`."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_sip.model.attention import shared_prefix_attention
-from megatron_sip.rollout.parts import Part, attention_part, joined, weighted
+from megatron_sip.rollout.parts import Part, attention_beside, attention_part
 
 
 class PrefillCache:
@@ -59,8 +59,8 @@ class DecodeCache:
     `prefixes * num_rollouts` only pad to a multiple of the TP size.
 
     The keys of a prefix are kept once: the queries of its K rows meet them together, and their own suffix keys
-    apart. Each part has a softmax of its own, and their sums join them, so that no score is copied. Key and value
-    heads are never repeated.
+    apart. What they find in the prefix is one more key to the softmax over the suffix, so that no score of a prefix is
+    copied. Key and value heads are never repeated.
     """
 
     def __init__(self, prefill: PrefillCache, num_rollouts: int, max_new_tokens: int) -> None:
@@ -88,26 +88,27 @@ class DecodeCache:
         shared = own.view(prefixes, rollouts, kv_heads, group, dim).transpose(1, 2)
         shared = shared.reshape(prefixes, kv_heads, rollouts * group, dim)
         on_prefix = attention_part(shared, prefix_key, prefix_value, scale, self.bias)
-        on_suffix = self._on_suffix(layer, own, key[:rows, 0], value[:rows, 0], scale)
-        # Views in the order of the rows: [prefixes, rollouts, kv_heads, group, ...]
-        out = joined(
-            Part(*(item.view(prefixes, kv_heads, rollouts, group, -1).transpose(1, 2) for item in on_prefix)),
-            Part(*(item.view(prefixes, rollouts, kv_heads, group, -1) for item in on_suffix)),
-        )
+        # In the order of the rows: [rows, kv_heads, group, ...]
+        by_row = (item.view(prefixes, kv_heads, rollouts, group, -1).transpose(1, 2) for item in on_prefix)
+        beside = Part(*(item.reshape(rows, kv_heads, group, -1) for item in by_row))
+        out = self._with_suffix(layer, beside, own, key[:rows, 0], value[:rows, 0], scale)
         out = out.to(query.dtype).reshape(rows, 1, -1)
         padding = query.shape[0] - rows
         return out if padding == 0 else torch.cat([out, out.new_zeros(padding, 1, out.shape[-1])])
 
-    def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
-        """Keep key and value `[rows, kv_heads, dim]` of this step, and let `own` attend to the suffix so far.
+    def _with_suffix(
+        self, layer: int, on_prefix: Part, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Keep key and value `[rows, kv_heads, dim]` of this step, and let `own` attend to prefix and suffix so far.
 
-        own  [rows, kv_heads, group, dim], the queries by key and value head
+        own      [rows, kv_heads, group, dim], the queries by key and value head
+        returns  [rows, kv_heads, group, dim] fp32
         """
         keys, values = self.suffix[layer]
         keys[:, :, self.step], values[:, :, self.step] = key, value
         length = self.step + 1
-        scores = own @ keys[:, :, :length].transpose(-1, -2) * scale
-        return weighted(scores, values[:, :, :length])
+        scores = (own @ keys[:, :, :length].transpose(-1, -2)).mul_(scale)
+        return attention_beside(on_prefix, scores, values[:, :, :length])
 
 
 class StaticDecodeCache(DecodeCache):
@@ -125,12 +126,14 @@ class StaticDecodeCache(DecodeCache):
         self.place = torch.zeros(1, dtype=torch.int64, device=keys.device)
         self._places = torch.arange(max_new_tokens, device=keys.device)
 
-    def _on_suffix(self, layer: int, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
+    def _with_suffix(
+        self, layer: int, on_prefix: Part, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         keys, values = self.suffix[layer]
         keys.index_copy_(2, self.place, key[:, :, None])
         values.index_copy_(2, self.place, value[:, :, None])
-        scores = own @ keys.transpose(-1, -2) * scale
-        return weighted(scores.masked_fill(self._places > self.place, float("-inf")), values)
+        scores = (own @ keys.transpose(-1, -2)).mul_(scale)
+        return attention_beside(on_prefix, scores.masked_fill_(self._places > self.place, float("-inf")), values)
 
 
 def _bias_of(lengths: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:

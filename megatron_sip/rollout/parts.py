@@ -1,6 +1,7 @@
 """A softmax over keys that lie in several places: the attention to each, and what joins them.
 
-Exact, because a softmax over all keys is the mean of the parts' values weighted by their sums of exponentials.
+Exact: to a softmax over further keys, those of a part are like one key, whose score is the logarithm of the sum of
+exp(score) over them and whose value is the attention to them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ _FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 class Part(NamedTuple):
     """Attention to some of the keys.
 
-    values  [..., q, dim], of the keys, weighted by exp(score - peak)
-    sums    [..., q, 1] of these weights, fp32
-    peaks   [..., q, 1], fp32
+    values    [..., q, dim]
+    log_sums  [..., q, 1] fp32, the logarithm of the sum of exp(score) over these keys
     """
 
     values: torch.Tensor
-    sums: torch.Tensor
-    peaks: torch.Tensor
+    log_sums: torch.Tensor
 
 
 def attention_part(
@@ -36,22 +35,20 @@ def attention_part(
     bias   [batch, 1, 1, n] in the dtype of the query, added to the scores
     """
     if query.device.type == "cpu":
-        out, sums = _FLASH_ON_CPU(query, key, value, attn_mask=bias, scale=scale)
-        return Part(out, torch.ones_like(sums)[..., None], sums[..., None])
+        out, log_sums = _FLASH_ON_CPU(query, key, value, attn_mask=bias, scale=scale)
+        return Part(out, log_sums[..., None])
     scores = query @ key.transpose(-1, -2) * scale
-    return weighted(scores if bias is None else scores + bias, value)
+    return part_of((scores if bias is None else scores + bias).float(), value)
 
 
-def weighted(scores: torch.Tensor, value: torch.Tensor) -> Part:
-    """The part of the keys of `scores` `[..., q, n]`, which may be overwritten."""
-    scores = scores.float()
-    peaks = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(peaks).exp_()
-    return Part(weights.to(value.dtype) @ value, weights.sum(-1, keepdim=True), peaks)
+def part_of(scores: torch.Tensor, value: torch.Tensor) -> Part:
+    """The part of the keys whose scores `[..., q, n]`, fp32, are these; they may be overwritten."""
+    log_sums = scores.logsumexp(-1, keepdim=True)
+    return Part(scores.sub_(log_sums).exp_().to(value.dtype) @ value, log_sums)
 
 
-def joined(first: Part, second: Part) -> torch.Tensor:
-    """The attention to the keys of both, in fp32."""
-    peaks = torch.maximum(first.peaks, second.peaks)
-    a, b = (first.peaks - peaks).exp_(), (second.peaks - peaks).exp_()
-    return (first.values * a + second.values * b) / (first.sums * a + second.sums * b)
+def attention_beside(part: Part, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The attention to the keys of `part` and those of `scores` `[..., q, n]`, which may be overwritten; fp32."""
+    weights = torch.cat([scores.float(), part.log_sums], dim=-1).softmax(-1)
+    on_own = weights[..., :-1].to(value.dtype) @ value
+    return on_own.float().addcmul_(weights[..., -1:], part.values.float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sip.rollout.parts import Part, attention_part, joined, weighted
+from megatron_sip.rollout.parts import Part, attention_beside, attention_part, part_of
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -19,17 +19,18 @@ def test_two_parts_are_one_softmax(biased: bool, stronger: int) -> None:
     if biased:
         bias[1, ..., 3:] = float("-inf")
     first = attention_part(query, keys[0], values[0], 0.4, bias if biased else None)
-    second = weighted(query @ keys[1].transpose(-1, -2) * 0.4, values[1])
+    # What other devices compute.
+    again = part_of(query @ keys[0].transpose(-1, -2) * 0.4 + bias, values[0])
     scores = torch.cat([query @ key.transpose(-1, -2) * 0.4 for key in keys], dim=-1).double()
     scores[..., :7] += bias
     wanted = scores.softmax(-1) @ torch.cat(values, dim=2).double()
-    torch.testing.assert_close(joined(first, second).double(), wanted, atol=1e-5, rtol=0)
-    # What other devices compute is the same part with another factor in both of its sums.
-    other = weighted(query @ keys[0].transpose(-1, -2) * 0.4 + bias, values[0])
-    torch.testing.assert_close(joined(other, second).double(), wanted, atol=1e-5, rtol=0)
+    for part in (first, again):
+        joined = attention_beside(part, query @ keys[1].transpose(-1, -2) * 0.4, values[1])
+        torch.testing.assert_close(joined.double(), wanted, atol=1e-5, rtol=0)
 
 
 def test_a_part_that_has_no_weight_leaves_the_other() -> None:
-    one = Part(torch.ones(1, 1, 4), torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
-    none = Part(torch.full((1, 1, 4), 9.0), torch.ones(1, 1, 1), torch.full((1, 1, 1), -200.0))
-    torch.testing.assert_close(joined(one, none), torch.ones(1, 1, 4))
+    none = Part(torch.full((1, 1, 4), 9.0), torch.full((1, 1, 1), -200.0))
+    torch.testing.assert_close(attention_beside(none, torch.zeros(1, 1, 2), torch.ones(1, 2, 4)), torch.ones(1, 1, 4))
+    unseen = torch.full((1, 1, 2), float("-inf"))
+    assert attention_beside(none, unseen, torch.ones(1, 2, 4)).tolist() == [[[9.0] * 4]]
