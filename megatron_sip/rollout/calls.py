@@ -35,11 +35,7 @@ async def answered(call: Awaitable[dict[str, Any] | Missing], *, development: bo
     Raises:
         UnusableError: the call failed; how to mend it where the route is not there.
     """
-    return checked(await call, development=development)
-
-
-def checked(answer: dict[str, Any] | Missing, *, development: bool = True) -> dict[str, Any]:
-    """As `answered`, of an answer that is there."""
+    answer = await call
     if not isinstance(answer, Missing):
         return answer
     if development and answer.reason is MissingReason.HTTP_STATUS and answer.detail.startswith("404"):

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 
 from megatron_sip.checkpoint.safetensors_io import SafetensorsFolder
 from megatron_sip.errors import CheckpointError, ConfigError
-from megatron_sip.rollout.calls import Reach, UnusableError, checked, is_away
+from megatron_sip.rollout.calls import Reach, UnusableError, answered, is_away
 from megatron_sip.rollout.proof import Weights
-from megatron_sip.rollout.receiver import STALL_SECONDS, Tensors, own_address
+from megatron_sip.rollout.receiver import Tensors, own_address
 from megatron_sip.rollout.transfer import Meeting, TransferError, send
 from megatron_sip.types import Missing
 
@@ -26,8 +26,8 @@ _HOW_TO_RECEIVE = (
     "start it by tools/serve_vllm.py --rollouts, or with --worker-extension-cls "
     "megatron_sip.rollout.receiver.WeightReceiver and the checkout on its PYTHONPATH"
 )
-LAST_TENSOR_SECONDS = 5.0
-"""Between a server's word that it has all weights and the sender's own sight of it."""
+OTHER_END_SECONDS = 10.0
+"""Between the end of a transfer at one of its ends, and at the other."""
 
 
 class Delivery(Protocol):
@@ -86,56 +86,86 @@ class ByConnection:
 
     async def check(self, to: Reach) -> None:
         """See `Delivery.check`."""
-        await self._ranks(to)
+        try:
+            await self._ranks(to)
+        except UnusableError as error:
+            raise UnusableError(f"it has no receiver of weights, it seems: {error}; {_HOW_TO_RECEIVE}") from error
 
     async def _ranks(self, to: Reach) -> int:
         """How many ranks the server has."""
-        answer = await to.single.post("/collective_rpc", {"method": "weight_receiver"}, at_root=True)
-        if isinstance(answer, Missing) and answer.detail.startswith("500"):
-            raise UnusableError(f"it has no receiver of weights ({answer.detail}); {_HOW_TO_RECEIVE}")
-        places = checked(answer).get("results")
-        if not isinstance(places, list) or not places or not all(isinstance(place, dict) for place in places):
-            raise UnusableError(f"its ranks do not say who they are: {str(places)[:200]}")
-        return int(places[0]["size"])
+        answer = await answered(to.single.post("/collective_rpc", {"method": "weight_receiver"}, at_root=True))
+        places = answer.get("results")
+        if not isinstance(places, list) or not all(isinstance(place, dict) and "size" in place for place in places):
+            raise UnusableError(f"its ranks do not say who they are: {str(answer)[:200]}", passing=True)
+        if not places or int(places[0]["size"]) != len(places):
+            raise UnusableError(f"{len(places)} of its ranks answer, and they say that there are others: {places}")
+        return len(places)
 
     async def bring(self, to: Reach, weights: Weights) -> None:
         """See `Delivery.bring`."""
-        size = 1 + await self._ranks(to)
+        ranks = await self._ranks(to)
         try:
             tensors = await asyncio.to_thread(described, weights.folder)
-            meeting = await asyncio.to_thread(meeting_for, to.url, size)
-        except (CheckpointError, OSError) as error:
+            meeting = await asyncio.to_thread(meeting_for, to.url, 1 + ranks)
+        except (CheckpointError, OSError, RuntimeError) as error:
             raise UnusableError(f"the weights could not be sent ({error})", passing=True) from error
         unwanted = threading.Event()
         sending = asyncio.wrap_future(
             _in_thread(lambda: send(meeting, weights.folder, tensors, self._backend, self._device, unwanted.is_set))
         )
         sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody asks any more
-        kwargs = {"host": meeting.address, "port": meeting.port, "backend": self._backend, "tensors": tensors}
-        body = {"method": "receive_policy_weights", "kwargs": kwargs}
+        where = {"host": meeting.address, "port": meeting.port, "token": meeting.token}
+        body = {"method": "receive_policy_weights", "kwargs": {**where, "backend": self._backend, "tensors": tensors}}
+        taking = asyncio.ensure_future(to.single.post("/collective_rpc", body, at_root=True))
+        ends: set[asyncio.Future[Any]] = {taking, sending}
         try:
-            answer = await to.single.post("/collective_rpc", body, at_root=True)
-            if not isinstance(answer, Missing):
-                await asyncio.wait({sending}, timeout=LAST_TENSOR_SECONDS)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not taking.done() and sending.exception() is None:
+                await asyncio.wait({taking})  # it has all of them, and works on
+            await asyncio.wait(ends, timeout=OTHER_END_SECONDS)
         finally:
             unwanted.set()
+            taking.cancel()
         # A call of torch may not come back; then its thread is left behind.
-        await asyncio.wait({sending}, timeout=2 * STALL_SECONDS)
-        fault = sending.exception() if sending.done() else TransferError("the sender's call does not end")
-        if fault is not None and not isinstance(fault, TransferError):
-            raise fault
-        if isinstance(answer, Missing):
-            told = answer.detail if fault is None else f"{fault}; {answer.detail}"
-            raise UnusableError(f"it did not load the weights ({told}); its log has more", passing=is_away(answer))
-        if fault is not None:
-            raise UnusableError(f"the weights did not come through ({fault})")
+        await asyncio.wait(ends, timeout=OTHER_END_SECONDS)
+        faults = [*_sender_faults(sending), *_taker_faults(taking, ranks)]
+        if faults:
+            raise UnusableError(f"the weights did not come through ({'; '.join(faults)})", passing=True)
+
+
+def _sender_faults(sending: asyncio.Future[None]) -> Iterator[str]:
+    if not sending.done():
+        yield "the sender's call does not end"
+    elif error := sending.exception():
+        if not isinstance(error, TransferError):
+            raise error
+        yield str(error)
+
+
+def _taker_faults(taking: asyncio.Future[dict[str, Any] | Missing], ranks: int) -> Iterator[str]:
+    if not taking.done() or taking.cancelled():
+        yield "the server does not say that it has them"
+        return
+    answer = taking.result()
+    if isinstance(answer, Missing):
+        yield answer.detail
+        return
+    told = answer.get("results")
+    if not isinstance(told, list) or len(told) != ranks or not all(isinstance(one, dict) for one in told):
+        yield f"its ranks answer something else: {str(answer)[:200]}"
+        return
+    for rank, one in enumerate(told):
+        if one.get("fault") is not None:
+            yield f"rank {rank}: {one['fault']}"
+        elif one.get("left") != 0:
+            yield f"rank {rank} left {one.get('left')} tensors aside"
 
 
 def meeting_for(url: str, size: int) -> Meeting:
     """Where this process meets the ranks of the server at `url`.
 
     Raises:
-        OSError: there is no way to it.
+        OSError, RuntimeError: there is no way to it, or it cannot listen there.
     """
     parts = urlsplit(url)
     return Meeting(own_address(parts.hostname or "", parts.port or 80), size)
@@ -157,12 +187,14 @@ def described(folder: Path) -> Tensors:
 def _in_thread(action: Callable[[], T]) -> Future[T]:
     """Run it in a thread that the end of the process does not wait for: a call of torch may not come back."""
     future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="sip-transfer", daemon=True).start()
+    threading.Thread(target=_run, args=(action, future), name="sip-transfer", daemon=True).start()
     return future
+
+
+def _run(action: Callable[[], T], future: Future[T]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:
+        future.set_exception(error)
+    finally:
+        del future  # its error holds this frame

@@ -212,20 +212,28 @@ class RolloutFleet:
 
     async def _upkeep(self, weights: Weights) -> None:
         at_work: dict[str, float] = {}
+        told = ""
         try:
             while True:
                 await asyncio.sleep(PAUSE_SECONDS)
+                fault = ""
                 try:
-                    await self._restore(weights, at_work)
+                    if await self._restore(weights, at_work):
+                        fault = "; ".join(f"{url}: {why}" for url, why in self.behind.items())
                 except ServiceError as error:  # who writes gives up in the end
-                    logger.warning("the weights were lost and could not be sent again: %s", error)
+                    fault = str(error)
+                # This rank's own rollouts may be there, and then nobody would hear what the others wait for.
+                if fault and fault != told:
+                    logger.warning("the weights were lost and could not be sent again: %s", fault)
+                told = fault
         finally:
             self.waits_for = None
 
     def _lose_patience(self, version: str, labels: Mapping[RolloutServer, str | None], seen: dict[str, float]) -> None:
         """Give up on servers that answer, but do not get these weights from the leader who has them.
 
-        Those that do not answer are waited for. `seen` keeps since when each answers without them.
+        Those that do not answer are waited for, and those that are given the weights just now. `seen` keeps since when
+        each answers without them, and since when it is given them by the same attempt.
 
         Raises:
             ServiceError: all that answer do so for longer than a call may take.
@@ -235,7 +243,10 @@ class RolloutFleet:
             seen.clear()
             return
         now = time.monotonic()
-        waited = [now - seen.setdefault(url, now) for url in there]
+        waited = [
+            now - seen.setdefault(url if loaded_by(label, version) is None else label, now)
+            for url, label in there.items()
+        ]
         if min(waited) > self._settings.timeout:
             raise ServiceError(
                 f"the servers of --rollout-url lost their weights ({', '.join(there)}), and the main rank could not "
@@ -259,8 +270,8 @@ class RolloutFleet:
             )
         return steady
 
-    async def _restore(self, weights: Weights, at_work: dict[str, float]) -> None:
-        """Send the weights again where no server holds them and no other leader is at it.
+    async def _restore(self, weights: Weights, at_work: dict[str, float]) -> bool:
+        """Send the weights again where no server holds them and no other leader is at it; whether it did.
 
         A leader that is done would not do it for the others; and of two that send at once, each would undo what the
         other has proven. `at_work` keeps since when labels of other senders were seen: one that stands for longer than
@@ -268,11 +279,13 @@ class RolloutFleet:
         """
         labels = [label for label in (await self._labels()).values() if label is not None]
         if any(is_proven(label, weights.version) for label in labels):
-            return
+            return False
         now, patience = time.monotonic(), self._settings.timeout
         foreign = [label for label in labels if loaded_by(label, weights.version) not in (None, self._sender)]
-        if not any(now - at_work.setdefault(label, now) < patience for label in foreign):
-            await self._send(weights, may_wait=True)
+        if any(now - at_work.setdefault(label, now) < patience for label in foreign):
+            return False
+        await self._send(weights, may_wait=True)
+        return True
 
     async def _labels(self, of: Sequence[RolloutServer] | None = None) -> dict[RolloutServer, str | None]:
         """What each server's weights are called; None of one that does not answer."""

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import socket
 import time
+import uuid
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from megatron_sip.checkpoint.safetensors_io import SafetensorsFolder
 from megatron_sip.errors import CheckpointError
-from megatron_sip.rollout.receiver import HERE, MEET_SECONDS, STALL_SECONDS, StalledError, Tensors, finish, open_group
+from megatron_sip.rollout.receiver import (
+    HERE,
+    MEET_SECONDS,
+    STALL_SECONDS,
+    StalledError,
+    Tensors,
+    Window,
+    opened,
+    patience,
+    size_of,
+)
 
 _NAP_SECONDS = 0.01
 
@@ -26,17 +38,20 @@ class TransferError(Exception):
 class Meeting:
     """Where the `size` ranks of one transfer meet: a store that listens on one address of this machine alone.
 
+    `token` is the name of the transfer, which those who come must know.
+
     Raises:
         OSError: the address is not of this machine.
+        RuntimeError: torch cannot listen there.
     """
 
     def __init__(self, address: str, size: int) -> None:
-        self.address, self.size = address, size
+        self.address, self.size, self.token = address, size, uuid.uuid4().hex
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         # torch's own socket would listen on all addresses.
         with socket.create_server((address, 0), family=family, backlog=size) as listener:
             self.port = int(listener.getsockname()[1])
-            self.store = dist.TCPStore(
+            place = dist.TCPStore(
                 address,
                 self.port,
                 is_master=True,
@@ -44,6 +59,7 @@ class Meeting:
                 timeout=timedelta(seconds=MEET_SECONDS),
                 master_listen_fd=listener.detach(),
             )
+        self.store = dist.PrefixStore(self.token, place)
 
     def wait(self, unwanted: Callable[[], bool]) -> None:
         """Wait for all others.
@@ -74,27 +90,19 @@ def send(
         TransferError: they do not reach all ranks, or `unwanted` says that nobody waits for them any more.
     """
     meeting.wait(unwanted)
-    group = None
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # it is a setting of the thread
-        group = open_group(meeting.store, 0, meeting.size, backend, meeting.address)
-        _send(group, folder, tensors, device, unwanted)
-    except (StalledError, CheckpointError, RuntimeError) as error:
-        if group is not None:
-            group.abort()
+        with (
+            opened(meeting.store, 0, meeting.size, backend, meeting.address, device, tensors) as group,
+            SafetensorsFolder(folder) as source,
+        ):
+            window = Window(patience(tensors), unwanted)
+            for name, dtype, shape in tensors:
+                tensor = source.lazy(name)[:]
+                deque(window.ended(size_of(dtype, shape)), maxlen=0)
+                tensor = tensor.to(device)
+                window.add(name, tensor, group.broadcast(tensor, 0))
+            deque(window.ended(), maxlen=0)
+    except (StalledError, CheckpointError, SafetensorError, OSError, RuntimeError) as error:
         raise TransferError(str(error).partition("\n")[0]) from error
-
-
-def _send(group: Any, folder: Path, tensors: Tensors, device: torch.device, unwanted: Callable[[], bool]) -> None:
-    """One tensor after the other, the next one read while one is under way."""
-    under_way: list[tuple[Any, str, torch.Tensor]] = []
-    with SafetensorsFolder(folder) as source:
-        for name, _, _ in tensors:
-            tensor = source.lazy(name)[:].to(device)
-            under_way.append((group.broadcast(tensor, 0), name, tensor))
-            if len(under_way) > 1:
-                work, sent, _ = under_way.pop(0)
-                finish(work, sent, unwanted)
-    for work, sent, _ in under_way:
-        finish(work, sent, unwanted)

@@ -217,8 +217,8 @@ class VllmEngine:
         try:
             yield
         finally:
-            if future is not None:
-                future.cancel()
+            if future is not None and not future.cancel() and not future.cancelled():
+                future.result()  # it ends by an error only
 
     def _tell_news(self) -> None:
         """On the main rank: which servers are left out from now on, and why; and which are used again."""

@@ -33,12 +33,13 @@ class DyingWorker(Worker):
             os._exit(1)
 
 
-def receive(port: int, tensors: Tensors, falls_at: str | None, out: Connection) -> None:
+def receive(port: int, token: str, tensors: Tensors, falls_at: str | None, out: Connection) -> None:
     """The server's process."""
     torch.cuda.set_device(RECEIVER)
     worker = DyingWorker(0, 1, falls_at)
     worker.device = RECEIVER
-    worker.receive_policy_weights("127.0.0.1", port, "nccl", tensors)
+    told = worker.receive_policy_weights("127.0.0.1", port, token, "nccl", tensors)
+    assert told == {"fault": None, "left": 0}
     out.send({name: tensor.cpu().numpy() for name, tensor in worker.tensors.items()})
 
 
@@ -48,12 +49,12 @@ def test_every_bit_comes_through_and_a_dead_receiver_ends_the_sender(tmp_path: P
     tensors, meeting = described(folder), Meeting("127.0.0.1", 2)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=receive, args=(meeting.port, tensors, falls_at, there))
+    process = context.Process(target=receive, args=(meeting.port, meeting.token, tensors, falls_at, there))
     process.start()
     try:
         if falls_at is not None:
             with pytest.raises(TransferError):
-                send(meeting, folder, tensors, "nccl", SENDER, lambda: not process.is_alive())
+                send(meeting, folder, tensors, "nccl", SENDER, lambda: False)
             return
         send(meeting, folder, tensors, "nccl", SENDER, lambda: not process.is_alive())
         assert here.poll(60)

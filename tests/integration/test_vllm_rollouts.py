@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import Command, run_commands
 from fake_rollouts import make_llama
 from forks import run_checks
+from rollout_fleets import fleet_of, until, weights
 from served import served
 from tiny_corpus import make_corpus
 from tiny_run import DATA, TRAINING
 
 from megatron_sip.ports import free_port
+from megatron_sip.rollout import delivery
+from megatron_sip.rollout.delivery import ByConnection, described
+from megatron_sip.rollout.receiver import Tensors
+from megatron_sip.rollout.transfer import Meeting, send
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]  # a server of its own takes half a minute to start
 
@@ -70,6 +76,31 @@ def test_both_engines_write_the_same(root: Path, url: str) -> None:
     moved = [name for name in before if before[name] != after[name]]
     assert any(name.endswith("embed_tokens.weight") for name in moved)
     assert ask(url, "/weight_info")["weight_version"].endswith("-6")
+
+
+def test_a_broken_transfer_leaves_a_server_that_takes_the_next(
+    root: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it breaks: vLLM fuses some tensors, and takes its parameters apart while it loads."""
+
+    def broken(meeting: Meeting, folder: Path, tensors: Tensors, *others: Any) -> None:
+        send(meeting, folder, tensors[:sent], *others)
+
+    gloo = ByConnection("gloo", torch.device("cpu"))
+    with fleet_of(root / "hf", delivery=gloo, urls=(url,), timeout=60.0) as fleet:
+        count = len(described(root / "hf"))
+        fleet.submit_push(weights(root / "hf", "run-0")).result(60)
+        wanted = checksums(url)
+        for sent in (0, 1, 2, 4, 5, 6, 8, 9, 10, count - 1):
+            monkeypatch.setattr(delivery, "send", broken)
+            future = fleet.submit_push(weights(root / "hf", f"run-{sent + 1}"))
+            until(lambda: fleet.waits_for, future)
+            assert "did not come through" in str(fleet.waits_for)
+            # An answer of a server that has nobody's weights: it lives.
+            assert ask(url, "/v1/completions", {"model": "hf", "prompt": [1, 2], "max_tokens": 2})["choices"]
+            monkeypatch.setattr(delivery, "send", send)
+            future.result(60)
+        assert checksums(url) == wanted
 
 
 def test_steps_of_the_method(root: Path, url: str, tmp_path: Path) -> None:

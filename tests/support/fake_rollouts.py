@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 import shutil
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,17 +61,21 @@ def logprobs_of(model: LlamaForCausalLM, tokens: list[int]) -> list[float]:
 class Worker(WeightReceiver):
     """One rank of a server, which takes weights by the receiver that runs in vLLM."""
 
-    def __init__(self, rank: int, size: int, falls_at: str | None) -> None:
+    def __init__(
+        self, rank: int, size: int, falls_at: str | None = None, goes_on: threading.Event | None = None
+    ) -> None:
         parallel = SimpleNamespace(data_parallel_index=0, world_size=size, world_size_across_dp=size)
         self.vllm_config, self.rank = SimpleNamespace(parallel_config=parallel), rank
         self.device = torch.device("cpu")
-        self.falls_at = falls_at
+        self.falls_at, self.goes_on = falls_at, goes_on
         self.tensors: dict[str, torch.Tensor] = {}
 
     def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in weights_iterator:
-            if name == self.falls_at:
+            if name == self.falls_at and self.goes_on is None:
                 raise RuntimeError(f"no room for {name}")
+            if name == self.falls_at:
+                self.goes_on.wait(20)
             self.tensors[name] = tensor
 
 
@@ -81,8 +86,9 @@ class FakeRolloutServer(FakeServer):
     answer the statuses of `breaks_reloads`, and load as little. `twist` is done to every continuation, for which
     `pause` may wait by its prompt, and which comes with `text`. `reloads` are the folders it was told to load,
     `checksums` the embedding's after each. Weights that come over a connection, `receptions` times, go to all of its
-    `ranks`, which must get the same; 0 has no receiver. It fails when the tensor `falls_at` has come. `on_route` is
-    called by the path of a request before its answer, `queries` are paths with their queries.
+    `ranks`, which must get the same; 0 has no receiver. Loading fails when the tensor `falls_at` has come, or stands
+    still until `goes_on`; `faults` are what the ranks said of it. `on_route` is called by the path of a request before
+    its answer, `queries` are paths with their queries.
     """
 
     def __init__(self, folder: Path, *, development: bool = True, root: bool = False, **options: Any) -> None:
@@ -95,6 +101,8 @@ class FakeRolloutServer(FakeServer):
         self.ignores_reloads = self.forgets_some = False
         self.ranks, self.receptions = 1, 0
         self.falls_at: str | None = None
+        self.goes_on: threading.Event | None = None
+        self.faults: list[str] = []
         self.breaks_reloads: list[int] = []
         self.cache_resets = 0
         self.cache_is_held = 0
@@ -135,24 +143,25 @@ class FakeRolloutServer(FakeServer):
         if body["method"] == "reload_weights":
             path = Path(body["kwargs"]["weights_path"])
             self.reloads.append(path)
-            return await self._load(request, load_file(path / "model.safetensors"))
+            return await self._load(request, load_file(path / "model.safetensors"), [None])
         if self.ranks == 0:
             return web.json_response({"error": {"message": "no attribute", "code": 500}}, status=500)
-        workers = [Worker(rank, self.ranks, self.falls_at) for rank in range(self.ranks)]
+        workers = [Worker(rank, self.ranks, self.falls_at, self.goes_on) for rank in range(self.ranks)]
         if body["method"] == "weight_receiver":
             return web.json_response({"results": [worker.weight_receiver() for worker in workers]})
         assert body["method"] == "receive_policy_weights"
         self.receptions += 1
         calls = [asyncio.to_thread(worker.receive_policy_weights, **body["kwargs"]) for worker in workers]
-        told = await asyncio.gather(*calls, return_exceptions=True)
-        fault = next((one for one in told if isinstance(one, BaseException)), None)
-        if fault is not None:
-            return web.json_response({"error": {"message": str(fault), "code": 500}}, status=500)
-        for worker in workers[1:]:
-            assert all(torch.equal(tensor, workers[0].tensors[name]) for name, tensor in worker.tensors.items())
-        return await self._load(request, workers[0].tensors)
+        told = await asyncio.gather(*calls)
+        self.faults += [one["fault"] for one in told if one["fault"] is not None]
+        if len(self.faults) == 0:
+            for worker in workers[1:]:
+                assert all(torch.equal(tensor, workers[0].tensors[name]) for name, tensor in worker.tensors.items())
+        return await self._load(request, self.model.state_dict() | workers[0].tensors, told)
 
-    async def _load(self, request: web.Request, tensors: dict[str, torch.Tensor]) -> web.StreamResponse:
+    async def _load(
+        self, request: web.Request, tensors: dict[str, torch.Tensor], results: list[Any]
+    ) -> web.StreamResponse:
         if not self.ignores_reloads:
             half = self.forgets_some or bool(self.breaks_reloads)
             if half:
@@ -161,7 +170,7 @@ class FakeRolloutServer(FakeServer):
         if self.breaks_reloads:
             return await status(self.breaks_reloads.pop(0))(request)
         self.checksums.append(self._shown()["dp0:pp0:pcp0:tp0:model.embed_tokens.weight"])
-        return web.json_response({"results": [None]})
+        return web.json_response({"results": results})
 
     async def _reset(self, request: web.Request) -> web.StreamResponse:
         self._before(request)

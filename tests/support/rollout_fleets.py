@@ -40,10 +40,11 @@ def weights(folder: Path, version: str) -> Weights:
 def fleet_of(folder: Path, *servers: FakeRolloutServer, **wanted: Any) -> Iterator[RolloutFleet]:
     """A fleet over these servers, started.
 
-    `retries`, `concurrency`, `timeout`, `thoroughly` and `delivery` may be given beside the fields of `Wanted`.
+    `urls` (of others), `retries`, `concurrency`, `timeout`, `thoroughly` and `delivery` may be given beside the fields
+    of `Wanted`.
     """
     rollout = RolloutConfig(
-        rollout_url=tuple(one.url for one in servers),
+        rollout_url=(*(one.url for one in servers), *wanted.pop("urls", ())),
         rollout_retries=wanted.pop("retries", 0),
         rollout_concurrency=wanted.pop("concurrency", 64),
         rollout_timeout=wanted.pop("timeout", 5.0),
