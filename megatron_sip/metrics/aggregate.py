@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -85,6 +85,16 @@ class StepMetrics:
         """Forget all values, for instance after a log line."""
         self._sums = dict.fromkeys(self._specs, 0.0)
         self._counts = dict.fromkeys(self._specs, 0.0)
+
+
+def added(parts: Iterable[Mapping[str, SumCount]]) -> dict[str, SumCount]:
+    """The (sum, count) of all parts together, by name."""
+    whole: dict[str, SumCount] = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            before = whole.get(name, (0.0, 0.0))
+            whole[name] = (before[0] + value, before[1] + count)
+    return whole
 
 
 def pool_metrics(

@@ -15,7 +15,7 @@ class PendingBatch:
     """Rollouts by the global sample index of their prefix.
 
     `samples[i]` is the sample of prefix i of `rollouts`. A rank holds its own share of the batch, or more of it; a
-    checkpoint holds the whole.
+    checkpoint holds the whole. What the engine measured is left behind: the step that wrote them reports it.
     """
 
     samples: tuple[int, ...]

@@ -33,6 +33,7 @@ from megatron_sip.services.rounds import Rewrites
 from megatron_sip.training.faults import Boundaries
 from megatron_sip.training.judged import JudgeWatch
 from megatron_sip.training.scoring import PoolScoring, Scored, joined, make_pools, verdict_metrics
+from megatron_sip.training.writing import Writing
 from megatron_sip.types import CandidateKind, Cut, Missing, NoPair, Pair, Pool, PreferenceBatch, Scores
 
 
@@ -159,7 +160,7 @@ class PreferenceMaker:
         self._rewrites: dict[int, Future[Rewrites]] = {}
         self._spared: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._trims = 0.0
-        self._writing_seconds = 0.0
+        self._writing = Writing()
 
     def prefetch(self, cuts: Sequence[Cut], iteration: int) -> None:
         """Ask for the rewrites of a coming iteration, which depend on the documents alone."""
@@ -192,7 +193,7 @@ class PreferenceMaker:
             rollouts = self._write_rollouts(cuts, iteration, written, ask)
             if rollouts is None:
                 ask(0, None)
-        self._writing_seconds += time.perf_counter() - started
+        self._writing = self._writing.and_then(time.perf_counter() - started, rollouts)
         # The waves may have come in any order.
         scored = None if self.services is None else self.services.all_of([waves[first] for first in sorted(waves)])
         return BegunBatch(cuts, iteration, rollouts, rewrites, scored, spared)
@@ -243,18 +244,15 @@ class PreferenceMaker:
         multiple = self.world.tp_size if self.config.parallel.sequence_parallel else 1
         items = list(zip(batch.cuts, pairs, strict=True)) if self.services else []
         mine = collate(items, width_multiple=multiple) if self.services else None
-        writing, self._writing_seconds = self._writing_seconds, 0.0
+        writing, self._writing = self._writing, Writing()
         return Preferences(
             batch=self.leader.tell(mine),
             pools=scored.pools,
             scores=scored.scores,
             pairs=pairs,
-            metrics={
-                **self._metrics(scored, pairs, batch),
-                **(batch.rollouts.metrics if batch.rollouts and self.services else {}),
-            },
+            metrics={**self._metrics(scored, pairs, batch), **(writing.metrics if self.services else {})},
             seconds={
-                "rollout": writing,
+                "rollout": writing.seconds,
                 "rewrite_wait": rewritten - started,
                 "judge_wait": judged - rewritten,
             },
