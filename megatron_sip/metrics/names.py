@@ -63,6 +63,8 @@ TIMES: tuple[MetricSpec, ...] = (
     MetricSpec("time/rollout_push", label="push (s)", form=".2f", show_zero=False),
     MetricSpec("time/rollout_probe", label="probe (s)", form=".2f", show_zero=False),
     MetricSpec("time/rollout_write", label="write (s)", form=".2f", show_zero=False),
+    # Of the positions of prefixes that went through the trainer's layers to be continued those without a token.
+    MetricSpec("rollout/padding_share", label="rollout padding", form=".3f", show_zero=False),
     MetricSpec("rollout/tokens_per_second", label="rollout tokens/s", form=".0f", show_zero=False),
     MetricSpec("rollout/servers_behind", label="rollout servers behind", form=".0f", show_zero=False),
     MetricSpec("time/reference", label="reference (s)", form=".2f"),

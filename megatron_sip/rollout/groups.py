@@ -77,6 +77,11 @@ class RowGroup:
             return round_up(int(self.lengths.max()), multiple), len(self.prefixes)
         return round_up(self.rows, multiple), 1
 
+    def padding(self, multiple: int) -> tuple[int, int]:
+        """Positions without a token, and all positions, of the pass over the prefixes."""
+        width, batch = self.shape(0, multiple)
+        return width * batch - int(self.lengths.sum()), width * batch
+
     def ended(self, count: int) -> bool:
         """Whether every row has drawn its EOD among its first `count` tokens."""
         if not self.sampling.stop_at_eod or count == 0:

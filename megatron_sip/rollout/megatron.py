@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from megatron_sip.errors import ConfigError
+from megatron_sip.metrics.aggregate import added
 from megatron_sip.model.decode import DecodeStage
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
 from megatron_sip.rollout.graphs import GraphedStage
 from megatron_sip.rollout.groups import RowGroup, divide
+from megatron_sip.rollout.order import InBatchOrder, longest_first
 from megatron_sip.rollout.pipeline import RowPipeline
 from megatron_sip.rollout.sampling import sample_tokens
 from megatron_sip.rollout.stagger import BOUNDARY_TOKENS
@@ -24,8 +27,9 @@ class MegatronEngine:
     """Decodes on the weights that are trained, so no copy is made and none can be stale.
 
     `limits` bound the prefixes that are decoded together; `say` hears how many these are, where memory decides. The
-    prefixes of a wave pass the pipeline stages in `groups`; None: as many as there are stages. `at_boundary` is called
-    every `block` tokens, equally often on all ranks, and may raise to give the rollouts up.
+    prefixes of a wave pass the pipeline stages in `groups`; None: as many as there are stages. Prefixes of like length
+    share waves and groups. `at_boundary` is called every `block` tokens, equally often on all ranks, and may raise to
+    give the rollouts up.
 
     Raises:
         ConfigError: `cuda_graph` on a CPU.
@@ -68,26 +72,24 @@ class MegatronEngine:
         Raises:
             ConfigError: one prefix with its rollouts does not fit the memory; on all ranks alike.
         """
-        wave = self.planner.wave(prefixes, sampling)
+        size, order = self.planner.wave(prefixes, sampling), longest_first(prefixes)
+        batch = InBatchOrder(len(prefixes), sampling, on_wave)
         was_training = self.policy.training
         self.policy.eval()
-        parts: list[Rollouts] = []
         try:
             # Not inference mode: megatron-core keeps gather buffers between calls, and one that was made in
             # inference mode would break the next training step.
             with torch.no_grad():
                 # Made anew for each call, since the weights change between two, and once for all of its waves.
-                rows = sampling.num_rollouts * max(some.stop - some.start for some in divide(wave, self.groups))
+                rows = sampling.num_rollouts * max(some.stop - some.start for some in divide(size, self.groups))
                 stage = DecodeStage(self.policy, rows) if self.bypasses else self.policy
-                for start in range(0, len(prefixes), wave):
-                    some = slice(start, start + wave)
-                    parts.append(self._wave(prefixes[some], sample_indices[some], sampling, stage))
-                    on_wave(start, parts[-1])
+                for start in range(0, len(order), size):
+                    places = order[start : start + size]
+                    own, samples = [prefixes[place] for place in places], [sample_indices[place] for place in places]
+                    batch.take(places, self._wave(own, samples, sampling, stage))
         finally:
             self.policy.train(was_training)
-        return Rollouts(
-            tokens=torch.cat([part.tokens for part in parts]), lengths=torch.cat([part.lengths for part in parts])
-        )
+        return batch.whole()
 
     def close(self) -> None:
         """Nothing is open."""
@@ -112,6 +114,7 @@ class MegatronEngine:
             )
             for some in divide(len(prefixes), self.groups)
         ]
+        metrics = added({"rollout/padding_share": group.padding(self.multiple)} for group in groups)
         for first in range(0, count, self.block):
             self.at_boundary()
             groups = [group for group in groups if not group.ended(first)]
@@ -120,7 +123,7 @@ class MegatronEngine:
             block = slice(first, min(first + self.block, count))
             self.pipeline.write(groups, block, self._pass)
             self.pipeline.tell(tokens[:, block])
-        return _as_rollouts(tokens.cpu(), k, sampling)
+        return replace(_as_rollouts(tokens.cpu(), k, sampling), metrics=metrics)
 
     def _pass(self, group: RowGroup, step: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """This stage's part of token `step`: hidden states for the next stage, or on the last one the tokens."""

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from megatron_sip.errors import ConfigError
 from megatron_sip.parallel.world import World
-from megatron_sip.rollout.engine import Sampling
+from megatron_sip.rollout.engine import Rollouts, Sampling
+from megatron_sip.rollout.groups import divide, round_up
 from megatron_sip.rollout.sampling import uniforms
 
 
@@ -52,7 +53,9 @@ class RolloutCheck:
         for k in range(2):
             assert torch.equal(tokens[:, k], wanted), (tokens[:, k], wanted)
         sampled = replace(greedy, num_rollouts=3, temperature=1.0, top_p=0.9)
-        rollouts = engine.generate(prefixes, self.indices, sampled)
+        heard: list[tuple[int, Rollouts]] = []
+        rollouts = engine.generate(prefixes, self.indices, sampled, lambda *wave: heard.append(wave))
+        self.by_length(rollouts, heard, engine)
         assert int(rollouts.tokens.max()) < oracle.VOCAB
         assert not (rollouts.tokens == 0).any(), "end-of-document was sampled"
         if self.world.size == 1:
@@ -69,6 +72,21 @@ class RolloutCheck:
         if self.world.pp_size > 1:
             self.groups(prefixes, sampled, rollouts.tokens)
         self.graphs(prefixes, sampled, rollouts.tokens)
+
+    def by_length(self, rollouts: Rollouts, heard: list[tuple[int, Rollouts]], engine: Any) -> None:
+        """Waves of three prefixes of like length: the padding of their groups, and the runs that are told."""
+        lengths = [oracle.PAIRS[index][0] for index in self.indices]
+        order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+        waves = [order[start : start + 3] for start in range(0, len(order), 3)]
+        groups = [
+            [lengths[place] for place in wave[some]] for wave in waves for some in divide(len(wave), engine.groups)
+        ]
+        positions = sum(len(group) * round_up(max(group), engine.multiple) for group in groups)
+        assert rollouts.metrics == {"rollout/padding_share": (positions - sum(lengths), positions)}
+        places = [place for first, run in heard for place in range(first, first + len(run.tokens))]
+        assert places == [place for wave in waves for place in sorted(wave)]
+        assert torch.equal(torch.cat([run.tokens for _, run in heard]), rollouts.tokens[places])
+        assert torch.equal(torch.cat([run.lengths for _, run in heard]), rollouts.lengths[places])
 
     def graphs(self, prefixes: list[np.ndarray], sampled: Sampling, wanted: torch.Tensor) -> None:
         """The same tokens by CUDA graphs, in two waves; a rank without a GPU refuses them."""
