@@ -116,6 +116,19 @@ def rollout_shape(run: RunSettings) -> WaveShape:
     )
 
 
+def logit_bytes(model: ModelSizes, run: RunSettings) -> int:
+    """Bytes of a micro-batch's logits in float32 on one rank: all scored positions, its columns of the vocabulary."""
+    work, tp = run.work(), run.tensor_model_parallel_size
+    scored = run.micro_batch_size * (work.suffixes * work.suffix + (work.prefix - 1 if work.prefix_logits else 0))
+    vocabulary = padded_vocab_size(model.vocab_size, ModelConfig.make_vocab_size_divisible_by, tp)
+    return FLOAT * scored * (vocabulary // tp)
+
+
+def is_chunked(model: ModelSizes, run: RunSettings) -> bool:
+    """Whether these are more than --logits-chunk-mib, so that training makes them in chunks, and once more."""
+    return logit_bytes(model, run) > run.logits_chunk_mib * 2**20
+
+
 def _rollouts(model: ModelSizes, run: RunSettings, share: int, room: float) -> tuple[int, WaveBytes]:
     """Prefixes of a wave, and what it takes: as many as are given, or as fit the `room`, but one at least.
 
@@ -148,14 +161,9 @@ def memory_per_gpu(
     Without a given wave the largest that fits `usable_bytes` is taken, of one prefix at least.
     """
     n, size = stage_parameters(model, run), run.element_bytes
-    vocabulary = padded_vocab_size(
-        model.vocab_size, ModelConfig.make_vocab_size_divisible_by, run.tensor_model_parallel_size
-    )
     work = run.work()
-    scored = run.micro_batch_size * (work.suffixes * work.suffix + (work.prefix - 1 if work.prefix_logits else 0))
     # A chunk in fp32, whose gradient takes its place, and one of these in the run's type beside it.
-    whole = FLOAT * scored * vocabulary / run.tensor_model_parallel_size
-    logits = min(whole, run.logits_chunk_mib * 2**20) * (1 + (size / FLOAT if size < FLOAT else 0))
+    logits = min(logit_bytes(model, run), run.logits_chunk_mib * 2**20) * (1 + (size / FLOAT if size < FLOAT else 0))
     # fp32 runs step the weights themselves; bf16 runs keep fp32 main weights beside them. Adam has two moments.
     state = (2 * FLOAT + (FLOAT if size == 2 else 0)) * n
     forward = run.micro_batch_size * work.row_tokens * row_padding * layer_activation_bytes(model, run)

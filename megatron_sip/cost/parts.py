@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_sip.config.stages import largest_stage
 from megatron_sip.cost.flops import Flops, step_flops
 from megatron_sip.cost.hardware import PartWork
+from megatron_sip.cost.memory import is_chunked
 from megatron_sip.cost.settings import RunSettings
 from megatron_sip.cost.sizes import ModelSizes
 from megatron_sip.rollout.stagger import rollout_turns
@@ -72,14 +73,23 @@ def step_parts(model: ModelSizes, run: RunSettings, gpus: int, waves: int) -> St
     stage = largest_stage(model.num_layers, run.pipeline_model_parallel_size)
     passes = training.groups + training.pp - 1
     forward = training.of(flops.reference if work.reference else Flops())
-    again = (flops.train * (1 / 3)) if run.recompute_granularity == "full" else Flops()
-    trained = training.of(flops.train + again)
+    trained = training.of(flops.train + _again(model, run, flops.train * (1 / 3)))
     return StepParts(
         prefill=PartWork(*rollouts.of(flops.prefill)),
         decode=_decode(model, run, rollouts, flops.decode, waves) if work.rollouts else PartWork(),
         reference=PartWork(*forward, calls=passes * stage if work.reference else 0),
         train=PartWork(*trained, calls=passes * stage),
         tokens=work.suffix * waves if work.rollouts else 0,
+    )
+
+
+def _again(model: ModelSizes, run: RunSettings, forward: Flops) -> Flops:
+    """What the backward pass computes once more of the forward pass: the layers if asked to, the head if in chunks."""
+    layers = run.recompute_granularity == "full"
+    return Flops(
+        linear=forward.linear if layers else 0.0,
+        attention=forward.attention if layers else 0.0,
+        head=forward.head if is_chunked(model, run) else 0.0,
     )
 
 

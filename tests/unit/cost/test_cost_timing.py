@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from plan_case import LLAMA3_8B, LLAMA_1B4, PAPER
 
+from megatron_sip.checkpoint.hf_names import padded_vocab_size
 from megatron_sip.cost.flops import step_flops
 from megatron_sip.cost.hardware import Cluster, Efficiency, PartRate, PartWork
-from megatron_sip.cost.memory import memory_per_gpu
+from megatron_sip.cost.memory import is_chunked, memory_per_gpu
 from megatron_sip.cost.parts import step_parts
 from megatron_sip.cost.settings import RunSettings
 from megatron_sip.cost.timing import PolicySeconds, policy_seconds
+from megatron_sip.model.lm_head import VocabularyPart
 
 RUN = RunSettings()
 FREE = Efficiency(layer_overhead_us=0, tp_latency_us=0, token_overhead_us=0)
@@ -37,9 +40,34 @@ def test_training_reaches_its_share_of_the_peak() -> None:
     assert found.prefill == pytest.approx(flops.prefill.total / (64 * 989e12 * 0.45))
 
 
-def test_full_recomputation_costs_a_forward_pass() -> None:
-    base = seconds(RUN, PAPER.cluster).train
-    assert seconds(replace(RUN, recompute_granularity="full"), PAPER.cluster).train == pytest.approx(base * 4 / 3)
+def test_full_recomputation_costs_a_forward_pass_of_the_layers() -> None:
+    flops = step_flops(LLAMA_1B4, RUN.work()).train
+    found = seconds(replace(RUN, recompute_granularity="full"), PAPER.cluster).train
+    operations = 4 / 3 * (flops.linear + flops.attention) + flops.head
+    assert found == pytest.approx(operations / (64 * 989e12 * 0.40))
+
+
+def test_logits_in_chunks_are_made_again_in_the_backward_pass() -> None:
+    """A pair has 256 scored positions of 32,000 columns in fp32, which is 31.25 MiB."""
+    flops = step_flops(LLAMA_1B4, RUN.work())
+    whole, chunked = (step_parts(LLAMA_1B4, replace(RUN, logits_chunk_mib=mib), 64, 1) for mib in (32, 31))
+    assert whole.train.dense == pytest.approx((flops.train.linear + flops.train.head) / 64)
+    assert chunked.train.dense == pytest.approx((flops.train.linear + 4 / 3 * flops.train.head) / 64)
+    assert chunked.train.attention == whole.train.attention
+    assert chunked.reference == whole.reference, "without gradients nothing is made again"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 3}, {"train_prefix": True}, {"objective": "rf-nll"}])
+def test_logits_are_in_chunks_where_the_trainer_has_them_so(tp: int, changes: dict[str, Any]) -> None:
+    run = replace(RUN, tensor_model_parallel_size=tp, **changes)
+    work = run.work()
+    positions = run.micro_batch_size * (work.suffixes * 128 + (1023 if run.train_prefix else 0))
+    columns = padded_vocab_size(32_000, 128, tp) // tp
+    for mib in range(1, 200):
+        part = VocabularyPart(0, 32_000, mib * 2**20, group=None)  # type: ignore[arg-type]
+        chunks = part.chunks(positions, columns)
+        assert is_chunked(LLAMA_1B4, replace(run, logits_chunk_mib=mib)) == (len(chunks) > 1), mib
 
 
 def test_decoding_of_few_rows_reads_the_weights_once_a_token() -> None:
