@@ -330,6 +330,8 @@ class LoggingConfig:
     """Weights & Biases project; WANDB_MODE=offline works."""
     wandb_exp_name: str | None = None
     """Weights & Biases run name."""
+    peak_tflops: float | None = None
+    """Dense matrix products of one GPU in the run's type, 10^12 operations/s; with it throughput/mfu is reported."""
     metrics_file: str | None = None
     """JSONL file with one line of metrics per logged iteration."""
     audit_log: str | None = None

@@ -34,7 +34,7 @@ _ABOVE_ZERO = (
     *("rotary_base", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "norm_epsilon"),
     *("init_method_std", "exit_duration_in_mins", "lr", "adam_eps", "beta", "judge_timeout"),
     *("loss_spike_threshold", "judge_hedge_after", "judge_cache_size_gb"),
-    *("rollout_tolerance", "rollout_timeout", "rollout_memory_gib"),
+    *("rollout_tolerance", "rollout_timeout", "rollout_memory_gib", "peak_tflops"),
 )
 _AT_LEAST_ZERO = (
     *("seed", "min_lr", "sigterm_grace", "lr_warmup_iters", "weight_decay", "clip_grad", "temperature", "nll_weight"),

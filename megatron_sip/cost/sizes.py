@@ -34,6 +34,11 @@ class ModelSizes:
         return attention + 3 * self.hidden_size * self.ffn_hidden_size
 
     @property
+    def output_and_mlp_parameters(self) -> int:
+        """Those of them that are behind attention: its output and the three of SwiGLU."""
+        return self.hidden_size * (self.kv_channels * self.num_attention_heads + 3 * self.ffn_hidden_size)
+
+    @property
     def matmul_parameters(self) -> int:
         """N of the formulas: those of all layers, without LM head, embedding and norms."""
         return self.num_layers * self.layer_matmul_parameters

@@ -69,6 +69,9 @@ TIMES: tuple[MetricSpec, ...] = (
     MetricSpec("rollout/servers_behind", label="rollout servers behind", form=".0f", show_zero=False),
     MetricSpec("time/reference", label="reference (s)", form=".2f"),
     MetricSpec("time/train", label="train (s)", form=".2f"),
+    # Operations that the step needed, over its whole time and all GPUs; and over what these could do at their peak.
+    MetricSpec("throughput/tflops_per_gpu", label="throughput per GPU (TFLOP/s/GPU)", form=".3f"),
+    MetricSpec("throughput/mfu", label="MFU", form=".4f"),
 )
 
 _SHARES = tuple(MetricSpec(f"chosen/share_{kind}", label=f"chosen {kind}", form=".2f") for kind in CandidateKind)

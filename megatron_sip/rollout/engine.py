@@ -8,6 +8,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
+from megatron_sip.cost.done import DoneWork
 from megatron_sip.types import TokenArray
 
 OnWave: TypeAlias = Callable[[int, "Rollouts"], None]
@@ -34,11 +35,13 @@ class Rollouts:
     tokens   [prefixes, num_rollouts, max_new_tokens] int64 on the host; 0 behind a row's length
     lengths  [prefixes, num_rollouts] int64; the EOD that ends a row counts
     metrics  what the engine measured, as (sum, count) by a name of `metrics/names.py`
+    work     what the policy's own ranks computed for it, those of one model-parallel group together
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    work: DoneWork = DoneWork()  # noqa: RUF009  # it is frozen
 
     def row(self, prefix: int, rollout: int) -> tuple[int, ...]:
         """The tokens of one continuation."""

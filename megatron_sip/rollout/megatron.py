@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from megatron_sip.cost.done import rollout_work
 from megatron_sip.errors import ConfigError
 from megatron_sip.metrics.aggregate import added
 from megatron_sip.model.decode import DecodeStage
@@ -89,7 +90,8 @@ class MegatronEngine:
                     batch.take(places, self._wave(own, samples, sampling, stage))
         finally:
             self.policy.train(was_training)
-        return batch.whole()
+        rollouts = batch.whole()
+        return replace(rollouts, work=rollout_work(map(len, prefixes), rollouts.lengths.tolist()))
 
     def close(self) -> None:
         """Nothing is open."""

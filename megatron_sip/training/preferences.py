@@ -16,6 +16,7 @@ from functools import partial
 from typing import Protocol
 
 from megatron_sip.config.groups import Config
+from megatron_sip.cost.done import DoneWork
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.metrics.aggregate import pool_metrics
 from megatron_sip.parallel.leader import Leader
@@ -75,7 +76,8 @@ class BegunBatch:
 class Preferences:
     """One step's batch and, on leaders, what led to it.
 
-    `metrics` holds (sum, count) by name and is empty off the leaders; `seconds` by part is there on all ranks.
+    `metrics` holds (sum, count) by name and is empty off the leaders; `seconds` by part is there on all ranks, as is
+    `written`, the work of the rollouts that the step wrote.
     `asked_of` tells who scored and in which words, for the sample log.
     """
 
@@ -86,6 +88,7 @@ class Preferences:
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     asked_of: dict[str, dict[str, str]] = field(default_factory=dict)
+    written: DoneWork = DoneWork()  # noqa: RUF009  # it is frozen
 
 
 class BatchMaker(Protocol):
@@ -257,6 +260,7 @@ class PreferenceMaker:
                 "judge_wait": judged - rewritten,
             },
             asked_of=self.services.asked_of() if self.services else {},
+            written=writing.work,
         )
 
     def _judges(self, iteration: int) -> list[JudgeSpec]:

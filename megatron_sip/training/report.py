@@ -27,6 +27,7 @@ from megatron_sip.training.audit_check import ranges_text
 from megatron_sip.training.preferences import Preferences
 from megatron_sip.training.rollback import Rollback
 from megatron_sip.training.step import StepResult
+from megatron_sip.training.throughput import Throughput
 from megatron_sip.types import NoPair
 
 
@@ -46,6 +47,7 @@ class Reporter:
         ntp = config.training.objective == "ntp"
         self._specs = (*TRAINING, *STEPS, *TIMES) if ntp else metric_specs(names, pairwise)
         self._metrics = StepMetrics(self._specs)
+        self._throughput = Throughput(config, world)
         self._pending: list[Callable[[], None]] = []
         self._iterations = 0
         self._seconds = 0.0
@@ -110,6 +112,10 @@ class Reporter:
         self._metrics.add_all(preferences.metrics)
         if result.skipped != "non_finite":  # one nan would hide the mean of a whole interval
             self._metrics.add_all(result.metrics)
+        if self.world.is_leader:
+            trained = result.skipped != "no_pairs"
+            throughput = self._throughput.metrics(preferences.written, preferences.batch, seconds, trained=trained)
+            self._metrics.add_all(throughput)
         if self.world.is_main:
             self._add_main(preferences, result)
         self._gather_outcomes(iteration, preferences, result)

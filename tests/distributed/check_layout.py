@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
+from layout_operations import OperationsCheck
 from layout_rollouts import RolloutCheck
 from rollout_memory import MemoryCheck
 
@@ -312,6 +313,10 @@ def main() -> None:
     check.unshared()
     check.chunks()
     check.tied()
+    if check.world.size == 1 and check.world.device.type == "cpu":  # torch sees no products of Transformer Engine
+        operations = OperationsCheck(check.trainer, check.config, check.batch, check.indices)
+        operations.rollouts()
+        operations.step()
     check.skips_non_finite()
     print(f"rank {check.world.rank}: passed", flush=True)
     world_module.stop()

@@ -15,7 +15,7 @@ from megatron_sip.metrics.jsonl import read_jsonl
 from megatron_sip.training.audit import effective_steps, read_audit
 from megatron_sip.training.audit_check import check_audit
 
-CLOCKS = ("time/", "unix_time", "elapsed_ms")
+CLOCKS = ("time/", "throughput/", "unix_time", "elapsed_ms")
 OF_ASKING = ("judge/from_journal", "judge/prompts_trimmed")
 """Nobody is asked for what the journal holds."""
 

@@ -20,7 +20,7 @@ from tiny_run import DATA, MODEL, TRAINING
 
 from megatron_sip.services.prompts import REWRITE_END
 
-CLOCKS = ("time/", "unix_time", "elapsed_ms")
+CLOCKS = ("time/", "throughput/", "unix_time", "elapsed_ms")
 # Nobody is asked for what the journal holds.
 OF_ASKING = ("judge/from_journal", "judge/prompts_trimmed")
 WORDS = "gentle bread village baker again every whole small gives round always morning".split()

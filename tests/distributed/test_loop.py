@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -49,14 +50,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def unbroken(runs: Runs) -> list[dict]:
     """Six steps of online DPO at TP2 with a checkpoint at the third, of which one rank records a trace."""
     trace = ("--profile", "--profile-step-start", "2", "--profile-step-end", "3", "--profile-ranks", "1")
-    lines = runs("unbroken", 2, "--tensor-model-parallel-size", "2", "--save-interval", "3", *trace)
+    flags = ("--tensor-model-parallel-size", "2", "--save-interval", "3", "--peak-tflops", "0.1")
+    lines = runs("unbroken", 2, *flags, *trace)
     assert "iteration        6/" in runs.output
+    assert "| throughput per GPU (TFLOP/s/GPU): " in runs.output
     return lines
 
 
 def without_times(lines: list[dict]) -> list[dict]:
     """The metrics that must repeat bit for bit."""
-    changing = ("time/", "unix_time", "elapsed_ms", "judge/from_journal")
+    changing = ("time/", "throughput/", "unix_time", "elapsed_ms", "judge/from_journal")
     return [{key: value for key, value in line.items() if not key.startswith(changing)} for line in lines]
 
 
@@ -69,6 +72,8 @@ def test_online_dpo_trains_pairs(unbroken: list[dict]) -> None:
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     assert all(line["consumed_samples"] == 4 * line["iteration"] for line in unbroken)
     assert any(line["rewards/margins"] > 0 for line in unbroken[1:])
+    for line in unbroken:
+        assert 0 < line["throughput/mfu"] == pytest.approx(line["throughput/tflops_per_gpu"] / 0.1)
 
 
 def test_a_trace_shows_the_parts_of_the_step(runs: Runs, unbroken: list[dict]) -> None:
@@ -129,12 +134,22 @@ def test_other_data_settings_refuse_to_resume(runs: Runs, unbroken: list[dict]) 
     assert (runs.root / "refused" / "latest_checkpointed_iteration.txt").read_text() == "3\n"
 
 
+def ntp_operations(vocab_size: int) -> float:
+    """Of three passes of four rows of 96 tokens, in four layers of 4 heads and 2 groups of 8, and the head."""
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    return 3 * 4 * (2 * 4 * layer * 96 + 4 * 4 * 32 * (96 * 97 // 2) + 2 * 32 * vocab_size * 95)
+
+
 def test_next_token_prediction_and_rf_nll_share_the_loop(runs: Runs) -> None:
     """The first run has no end but its time limit: it saves what it trained and leaves well."""
     base = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--lr-decay-iters", "4")
     limit = ("--train-iters", "1000000", "--exit-duration-in-mins", "0.15")
     ntp = runs("ntp", 2, *base, *limit, "--objective", "ntp", "--lr", "1e-2")
     assert ntp[-1]["loss"] < ntp[0]["loss"]
+    operations = ntp_operations(int(re.search(r"vocab_size: (\d+)", runs.output)[1]))
+    for line in ntp:
+        done = 1e12 * line["throughput/tflops_per_gpu"] * 2 * line["elapsed_ms"] / 1000
+        assert done == pytest.approx(operations)
     last = ntp[-1]["iteration"]
     assert f"> stopping after iteration {last}: --exit-duration-in-mins" in runs.output
     assert f"> checkpoint of iteration {last} saved to " in runs.output

@@ -93,7 +93,7 @@ def test_sip_steps_with_the_real_server(judge_url: str, tmp_path: Path) -> None:
 
     # The server would answer otherwise; the journal answers as it did.
     (second,) = lines_of(tmp_path / "again.jsonl")
-    asking = ("time/", "unix_time", "elapsed_ms", "judge/from_journal", "judge/prompts_trimmed")
+    asking = ("time/", "throughput/", "unix_time", "elapsed_ms", "judge/from_journal", "judge/prompts_trimmed")
     assert second["judge/from_journal"] == second["judge/asked"] + 2
     assert {k: v for k, v in second.items() if not k.startswith(asking)} == {
         k: v for k, v in steps[1].items() if not k.startswith(asking)
