@@ -22,7 +22,7 @@ class DoneWork:
     tokens         that went through the layers
     pairs          (query, key) pairs of a layer
     logits         positions at the LM head
-    spared_tokens  of `tokens` those whose keys and values alone the last layer has
+    spared_tokens  of `tokens` those that the last layer takes no further than to query, key and value
     spared_pairs   of `pairs` those that it leaves out
     """
 
