@@ -20,9 +20,9 @@ from megatron_sip.model.policy import PolicyModel
 from megatron_sip.model.reference import ReferencePolicy
 from megatron_sip.parallel.regions import region
 from megatron_sip.parallel.world import World
+from megatron_sip.preference.arrange import ArrangedBatch, arrange
 from megatron_sip.preference.layout import ScoredTokens, position_ids, scored_tokens
-from megatron_sip.preference.micro_batches import MicroRows, by_length, padding, places
-from megatron_sip.preference.unshared import scored_in_two_rows, two_rows
+from megatron_sip.preference.unshared import scored_in_two_rows
 from megatron_sip.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_sip.training.spikes import SpikeRule
 from megatron_sip.types import PreferenceBatch
@@ -110,12 +110,12 @@ class PolicyTrainer:
         counts = self._global_counts(batch)
         if counts.of(self.weights.primary) == 0:
             return StepResult("no_pairs", None, {}, 0.0, 0.0)
-        started = time.perf_counter()
+        started, arranged = time.perf_counter(), self.arrange(batch)
         with region("reference"):
-            reference = self.reference_logps(batch) if self.reference else None
+            reference = self.reference_logps(arranged) if self.reference else None
         middle = time.perf_counter()
         with region("forward_backward"):
-            metrics = self.forward_backward(batch, reference, counts)
+            metrics = self.forward_backward(arranged, reference, counts)
         finite, loss = self._outcome(metrics)
         skipped = "" if finite else "non_finite"
         if finite and self.spikes.is_spike(self.recent_losses, loss):
@@ -131,8 +131,13 @@ class PolicyTrainer:
         norm = None if grad_norm is None else float(grad_norm)
         return StepResult("", norm, metrics, middle - started, time.perf_counter() - middle, loss)
 
+    def arrange(self, batch: PreferenceBatch) -> ArrangedBatch:
+        """The rows that the model reads of this rank's pairs, in micro-batches."""
+        multiple = self.world.tp_size if self.config.parallel.sequence_parallel else 1
+        return arrange(batch, self.config.training.micro_batch_size, multiple, shares_prefix=self.shares_prefix)
+
     def forward_backward(
-        self, batch: PreferenceBatch, reference: ReferenceLogps | None, counts: GlobalCounts
+        self, batch: ArrangedBatch, reference: ReferenceLogps | None, counts: GlobalCounts
     ) -> dict[str, tuple[float, float]]:
         """Fill the gradient buffers with the gradient of the global batch's loss; returns local metric sums."""
         self.ddp.zero_grad_buffer()
@@ -141,17 +146,16 @@ class PolicyTrainer:
         if not parts or self.world.tp_rank:
             return {}
         total = torch.stack([part.metrics for part in parts]).sum(0).tolist()
-        rows, micros = self._split(batch)
         return {
             **{name: (row[0], row[1]) for name, row in zip(parts[0].names, total, strict=True)},
-            "tokens/padding_share": padding(_by_pair(rows, batch), micros),
+            "tokens/padding_share": batch.padding(),
         }
 
-    def segment_logps(self, batch: PreferenceBatch) -> SegmentLogps | None:
+    def segment_logps(self, batch: ArrangedBatch) -> SegmentLogps | None:
         """Summed log-probabilities of every row's segments under the current weights, on the last stage.
 
         Returns:
-            Rows in the order of `batch`; None on the other stages.
+            Pairs in the order of the batch; None on the other stages.
         """
 
         def collect(logps: torch.Tensor, micro: _MicroBatch, **_schedule: Any) -> SegmentLogps:
@@ -160,14 +164,14 @@ class PolicyTrainer:
         parts: list[SegmentLogps] = self._run(batch, collect, None, forward_only=True)
         if not parts:
             return None
-        back = places(self._split(batch)[1]).to(parts[0].chosen.device)
+        back = batch.places().to(parts[0].chosen.device)
         return SegmentLogps(
             chosen=torch.cat([part.chosen for part in parts])[back],
             rejected=torch.cat([part.rejected for part in parts])[back],
             prefix=torch.cat([part.prefix for part in parts])[back],
         )
 
-    def reference_logps(self, batch: PreferenceBatch) -> ReferenceLogps | None:
+    def reference_logps(self, batch: ArrangedBatch) -> ReferenceLogps | None:
         """The same under the reference weights."""
         if self.reference is None:
             raise ValueError("this objective has no reference policy")
@@ -200,7 +204,7 @@ class PolicyTrainer:
 
     def _run(
         self,
-        batch: PreferenceBatch,
+        batch: ArrangedBatch,
         on_logps: Callable[..., Any],
         reference: ReferenceLogps | None,
         *,
@@ -218,42 +222,26 @@ class PolicyTrainer:
             return out, lambda logps, **schedule: on_logps(logps, micro, **schedule)
 
         self.before_pass()
-        rows, micros = self._split(batch)
-        widths = {micro.width for micro in micros}
         # Stages that send hidden states of several widths tell each other which comes next; one width is known.
-        self.policy.config.variable_seq_lengths = len(widths) > 1
+        self.policy.config.variable_seq_lengths = len(batch.widths) > 1
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=self._micro_batches(batch, rows, micros, reference),
+                data_iterator=self._micro_batches(batch, reference),
                 model=[self.ddp],
-                num_microbatches=len(micros),
-                seq_length=max(widths),
-                micro_batch_size=len(micros[0].pairs) * rows.rows // batch.rows,
+                num_microbatches=len(batch.micros),
+                seq_length=max(batch.widths),
+                micro_batch_size=len(batch.micros[0].pairs) * batch.each,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
             )
 
-    def _split(self, batch: PreferenceBatch) -> tuple[PreferenceBatch, tuple[MicroRows, ...]]:
-        """The rows that the model reads, and which of their pairs go through the layers together."""
-        multiple = self.world.tp_size if self.config.parallel.sequence_parallel else 1
-        rows = batch if self.shares_prefix else two_rows(batch, multiple)
-        return rows, by_length(_by_pair(rows, batch), self.config.training.micro_batch_size, multiple)
-
-    def _micro_batches(
-        self,
-        batch: PreferenceBatch,
-        rows: PreferenceBatch,
-        micros: tuple[MicroRows, ...],
-        reference: ReferenceLogps | None,
-    ) -> Iterator[_MicroBatch]:
-        each, device = rows.rows // batch.rows, self.world.device
-        score = scored_tokens if self.shares_prefix else scored_in_two_rows
-        for micro in micros:
-            read = rows.take([each * pair + row for pair in micro.pairs for row in range(each)], micro.width)
+    def _micro_batches(self, batch: ArrangedBatch, reference: ReferenceLogps | None) -> Iterator[_MicroBatch]:
+        device, score = self.world.device, scored_tokens if self.shares_prefix else scored_in_two_rows
+        for micro, read in batch.split():
             scored = score(read, with_prefix=self.weights.ntp > 0)
             own = None if reference is None else reference.take(micro.pairs)
-            pairs = batch.take(micro.pairs).to(device)
+            pairs = batch.pairs.take(micro.pairs).to(device)
             yield _MicroBatch(pairs, read.to(device), read.layout(), scored.to(device), own)
 
     def _global_counts(self, batch: PreferenceBatch) -> GlobalCounts:
@@ -276,8 +264,3 @@ class PolicyTrainer:
         bad_ranks, total, count = sums.tolist()
         loss = total / count if count else math.nan
         return bad_ranks == 0 and math.isfinite(loss), loss
-
-
-def _by_pair(rows: PreferenceBatch, batch: PreferenceBatch) -> torch.Tensor:
-    """`[pairs, each, 3]`: the lengths of the rows that the model reads of each pair of `batch`."""
-    return rows.layout().view(batch.rows, -1, 3)

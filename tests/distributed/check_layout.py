@@ -28,6 +28,7 @@ from megatron_sip.checkpoint.hf_config import model_config_from_hf
 from megatron_sip.config.groups import Config, ParallelConfig, PreferenceConfig, TrainingConfig
 from megatron_sip.loss.segments import ReferenceLogps
 from megatron_sip.parallel import world as world_module
+from megatron_sip.preference.arrange import ArrangedBatch
 from megatron_sip.preference.micro_batches import MicroRows
 from megatron_sip.types import PreferenceBatch
 
@@ -55,6 +56,13 @@ def batch_of(indices: list[int], multiple: int) -> PreferenceBatch:
     )
 
 
+def one_width(size: int, batch: PreferenceBatch) -> ArrangedBatch:
+    """Micro-batches of neighbours in the batch, as wide as its longest row."""
+    starts = range(0, batch.rows, size)
+    micros = tuple(MicroRows(tuple(range(start, start + size)), batch.width) for start in starts)
+    return ArrangedBatch(batch, batch, micros)
+
+
 class LayoutCheck:
     """The policy of the oracle at the layout of this launch."""
 
@@ -78,6 +86,7 @@ class LayoutCheck:
         self.first_layer = first_layer(self.policy)
         self.load("policy", dict(self.policy.named_parameters()))
         self.trainer = PolicyTrainer(self.policy, config, self.world)
+        self.arrange = self.trainer.arrange
         self.load("reference", self.trainer.reference.tensors)
         self.multiple = tp if sequence_parallel else 1
         size = len(oracle.PAIRS) // self.world.dp_size
@@ -102,10 +111,11 @@ class LayoutCheck:
         def collect(logps: torch.Tensor, micro: Any, **_schedule: Any) -> torch.Tensor:
             return logps
 
-        tokens = self.trainer._run(self.batch, collect, None, forward_only=True)
-        logps = self.trainer.segment_logps(self.batch)
+        arranged = self.arrange(self.batch)
+        tokens = self.trainer._run(arranged, collect, None, forward_only=True)
+        logps = self.trainer.segment_logps(arranged)
         if logps is not None:
-            order = [pair for micro in self.trainer._split(self.batch)[1] for pair in micro.pairs]
+            order = [pair for micro in arranged.micros for pair in micro.pairs]
             wanted = [self.expected["tokens"][self.indices[pair]] for pair in order]
             torch.testing.assert_close(
                 torch.cat(tokens).double().cpu(), torch.cat(wanted), atol=self.token_limit, rtol=0
@@ -117,7 +127,7 @@ class LayoutCheck:
     def gradients(self, batch: PreferenceBatch, reference: ReferenceLogps | None) -> float:
         """Largest distance of a gradient tensor from the oracle's, relative to that tensor's norm; over all ranks."""
         counts = self.trainer._global_counts(batch)
-        self.metrics = self.trainer.forward_backward(batch, reference, counts)
+        self.metrics = self.trainer.forward_backward(self.arrange(batch), reference, counts)
         self.loss = self.metrics["loss"][0] if self.metrics else 0.0
         wanted = {name: torch.empty_like(p) for name, p in self.policy.named_parameters()}
         self.load("gradient", wanted)
@@ -135,7 +145,7 @@ class LayoutCheck:
 
     def step(self) -> None:
         """Loss and gradients, and that they notice a wrong computation."""
-        reference = self.trainer.reference_logps(self.batch)
+        reference = self.trainer.reference_logps(self.arrange(self.batch))
         right = self.gradients(self.batch, reference)
         total = self.over_ranks(self.loss, dist.ReduceOp.SUM)
         valid = len(oracle.PAIRS) - len(oracle.INVALID)
@@ -199,9 +209,9 @@ class LayoutCheck:
                 continue
             self.trainer.config = replace(self.config, training=replace(self.config.training, micro_batch_size=size))
             found, sums, metrics = self.trained()
-            self.trainer._split = partial(self.one_width, size)
+            self.arrange = partial(one_width, size)
             wanted, wanted_sums, wanted_metrics = self.trained()
-            del self.trainer._split
+            self.arrange = self.trainer.arrange
             assert sums.keys() == wanted_sums.keys()
             for name, value in sums.items():
                 torch.testing.assert_close(value, wanted_sums[name], atol=100 * same, rtol=same)
@@ -216,26 +226,21 @@ class LayoutCheck:
 
     def trained(self) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, tuple[float, float]]]:
         """Gradients (checked against the oracle's), the reference's sums by row, and metrics."""
-        reference = self.trainer.reference_logps(self.batch)
+        reference = self.trainer.reference_logps(self.arrange(self.batch))
         right = self.gradients(self.batch, reference)
         size = self.trainer.config.training.micro_batch_size
         assert right < self.gradient_limit, f"micro-batch {size}: a gradient is {right:.1e} of its norm away"
         gradients = [parameter.main_grad.clone() for parameter in self.policy.parameters()]
         return gradients, {} if reference is None else vars(reference), dict(self.metrics)
 
-    def one_width(self, size: int, batch: PreferenceBatch) -> tuple[PreferenceBatch, tuple[MicroRows, ...]]:
-        """Micro-batches of neighbours in the batch, as wide as its longest row."""
-        starts = range(0, batch.rows, size)
-        return batch, tuple(MicroRows(tuple(range(start, start + size)), batch.width) for start in starts)
-
     def unshared(self) -> None:
         """Two rows a pair give the same log-probabilities and the same gradient as one row does."""
-        reference = self.trainer.reference_logps(self.batch)
+        reference = self.trainer.reference_logps(self.arrange(self.batch))
         shared = self.gradients(self.batch, reference), self.loss
         kept = [p.main_grad.clone() for p in self.policy.parameters()]
         self.trainer.config = replace(self.config, training=replace(self.config.training, shared_prefix=False))
         self.logprobs()
-        again = self.trainer.reference_logps(self.batch)
+        again = self.trainer.reference_logps(self.arrange(self.batch))
         own = self.gradients(self.batch, again), self.loss
         worst = max(
             float((p.main_grad - old).norm() / old.norm())
@@ -251,7 +256,7 @@ class LayoutCheck:
         whole, self.policy.logits_chunk_bytes = self.policy.logits_chunk_bytes, CHUNK_BYTES
         self.policy.logits = _no_logits
         self.logprobs()
-        right = self.gradients(self.batch, self.trainer.reference_logps(self.batch))
+        right = self.gradients(self.batch, self.trainer.reference_logps(self.arrange(self.batch)))
         assert right < self.gradient_limit, f"by chunks of the vocabulary a gradient is {right:.1e} of its norm away"
         del self.policy.logits
         self.policy.logits_chunk_bytes = whole
@@ -268,10 +273,11 @@ class LayoutCheck:
         )
         policy = build_policy(config, self.world)
         trainer = PolicyTrainer(policy, config, self.world)
-        reference = trainer.reference_logps(self.batch)
+        arranged = trainer.arrange(self.batch)
+        reference = trainer.reference_logps(arranged)
 
         def gradients() -> list[torch.Tensor]:
-            trainer.forward_backward(self.batch, reference, trainer._global_counts(self.batch))
+            trainer.forward_backward(arranged, reference, trainer._global_counts(self.batch))
             return [parameter.main_grad.clone() for parameter in policy.parameters()]
 
         policy.logprobs = partial(_megatron_logprobs, policy)

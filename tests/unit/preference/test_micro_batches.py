@@ -6,9 +6,25 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sip.preference.arrange import arrange
 from megatron_sip.preference.micro_batches import MicroRows, by_length, padding, places
+from megatron_sip.types import PreferenceBatch
 
 TOTALS = (10, 30, 20, 40)
+
+
+def batch_of(lengths: list[tuple[int, int, int]]) -> PreferenceBatch:
+    """Rows of these lengths; the tokens of the first are 100, 101 and so on, of the second 200, 201 and so on."""
+    layout, width = torch.tensor(lengths), max(map(sum, lengths))
+    place = torch.arange(width)[None, :]
+    return PreferenceBatch(
+        tokens=torch.where(place < layout.sum(1)[:, None], 100 * torch.arange(1, len(lengths) + 1)[:, None] + place, 0),
+        prefix_length=layout[:, 0],
+        chosen_length=layout[:, 1],
+        rejected_length=layout[:, 2],
+        valid=torch.ones(len(lengths)),
+        sample_index=torch.arange(len(lengths)),
+    )
 
 
 def single_rows(totals: tuple[int, ...]) -> torch.Tensor:
@@ -63,6 +79,29 @@ def test_padding_is_bounded_whatever_the_lengths(size: int) -> None:
         assert positions - padded == sum(totals)
         in_order = sum(size * max(totals[start : start + size]) for start in range(0, rows, size))
         assert positions <= in_order
+
+
+LENGTHS = [(2, 1, 1), (5, 2, 1), (3, 1, 2), (1, 3, 3)]
+
+
+def test_a_pair_is_read_as_one_row() -> None:
+    arranged = arrange(batch_of(LENGTHS), 2, shares_prefix=True)
+    assert (arranged.each, arranged.widths, arranged.padding()) == (1, {8, 6}, (3, 28))
+    assert [micro.pairs for micro in arranged.micros] == [(1, 3), (2, 0)]
+    assert arranged.places().tolist() == [3, 0, 2, 1]
+    first, second = (rows.tokens.tolist() for _, rows in arranged.split())
+    assert first == [[200, 201, 202, 203, 204, 205, 206, 207], [400, 401, 402, 403, 404, 405, 406, 0]]
+    assert second == [[300, 301, 302, 303, 304, 305], [100, 101, 102, 103, 0, 0]]
+
+
+def test_a_pair_is_read_as_two_rows_side_by_side() -> None:
+    arranged = arrange(batch_of(LENGTHS), 2, shares_prefix=False)
+    assert (arranged.each, arranged.widths, arranged.padding()) == (2, {7, 4}, (8, 44))
+    # The longer rows of the pairs have 3, 7, 5 and 4 tokens.
+    assert [micro.pairs for micro in arranged.micros] == [(1, 2), (3, 0)]
+    (_, first), (_, second) = arranged.split()
+    assert first.tokens[:2].tolist() == [[200, 201, 202, 203, 204, 205, 206], [200, 201, 202, 203, 204, 207, 0]]
+    assert second.tokens[:2].tolist() == [[400, 401, 402, 403], [400, 404, 405, 406]]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(3, 2), (4, 0), (0, 1)])
