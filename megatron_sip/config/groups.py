@@ -23,8 +23,8 @@ class ModelConfig:
     """Llama architecture. A preset fills what is not given; given values win."""
 
     model_preset: str | None = None
-    """One of llama-tiny, smollm2-135m, llama-1.4b, llama3.2-1b, llama3-8b, llama3-70b, or none: give every size
-    yourself."""
+    """One of llama-tiny, llama-9.6m, smollm2-135m, llama-1.4b, llama3.2-1b, llama3-8b, llama3-70b, or none: give every
+    size yourself."""
     num_layers: int | None = None
     """Transformer layers."""
     hidden_size: int | None = None

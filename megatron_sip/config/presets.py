@@ -21,6 +21,18 @@ _LLAMA_TINY = ModelConfig(
     norm_epsilon=1e-5,
     untie_embeddings_and_output_weights=False,
 )
+_LLAMA_9M6 = ModelConfig(
+    # What docs/performance.md times on two CPU cores: 9,629,760 parameters at vocabulary 4096.
+    num_layers=6,
+    hidden_size=320,
+    ffn_hidden_size=896,
+    num_attention_heads=8,
+    num_query_groups=4,
+    max_position_embeddings=2048,
+    rotary_base=10000.0,
+    norm_epsilon=1e-5,
+    untie_embeddings_and_output_weights=True,
+)
 _SMOLLM2_135M = ModelConfig(
     num_layers=30,
     hidden_size=576,
@@ -94,6 +106,7 @@ def presets() -> dict[str, ModelConfig]:
     """The architectures that `--model-preset` knows; a vocabulary of None means the tokenizer's."""
     return {
         "llama-tiny": _LLAMA_TINY,
+        "llama-9.6m": _LLAMA_9M6,
         "smollm2-135m": _SMOLLM2_135M,
         "llama-1.4b": _LLAMA_1B4,
         "llama3.2-1b": _LLAMA32_1B,
@@ -149,7 +162,7 @@ def require_sizes(model: ModelConfig) -> None:
 def resolve_model(config: Config, tokenizer_vocab_size: int) -> Config:
     """`config` with every size of the model filled in: given values, else the preset's, else the tokenizer's.
 
-    The vocabulary of a published preset is the published one; `llama-tiny` and `llama-1.4b` take the tokenizer's.
+    The vocabulary of a published preset is the published one; those of our own sizes take the tokenizer's.
 
     Raises:
         ConfigError: an unknown preset, or a size that nobody gave.

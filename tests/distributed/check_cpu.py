@@ -14,6 +14,7 @@ from megatron_sip.parallel.world import World
 
 PUBLISHED = {
     "llama-tiny": (4096, 8_064_384),
+    "llama-9.6m": (4096, 9_629_760),
     "smollm2-135m": (49_152, 134_515_008),
     "llama-1.4b": (32_000, 1_364_297_728),
     "llama3.2-1b": (128_256, 1_235_814_400),

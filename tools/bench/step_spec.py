@@ -9,22 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_sip.config.groups import ModelConfig
+from megatron_sip.config.presets import presets
 from megatron_sip.cost.flops import StepWork
 
 HF_CACHES = ("dynamic", "static")
 """The caches that `generate` of transformers may have for all rows: which is faster depends on model and sizes."""
-DEFAULT_MODEL = ModelConfig(
-    num_layers=6,
-    hidden_size=320,
-    ffn_hidden_size=896,
-    num_attention_heads=8,
-    num_query_groups=4,
-    max_position_embeddings=2048,
-    rotary_base=10000.0,
-    norm_epsilon=1e-5,
-    untie_embeddings_and_output_weights=True,
-    vocab_size=4096,
-)
+DEFAULT_MODEL = replace(presets()["llama-9.6m"], vocab_size=4096)
 """9.6M parameters: what two CPU cores step in seconds."""
 
 

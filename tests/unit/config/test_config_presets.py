@@ -14,16 +14,17 @@ from megatron_sip.config.presets import parameter_count, presets, resolve_model,
 from megatron_sip.config.validate import notes, validate
 from megatron_sip.errors import ConfigError
 
-# Published counts; llama-tiny at vocabulary 4096 and llama-1.4b at 32,000 are ours.
+# Published counts; llama-tiny and llama-9.6m at vocabulary 4096 and llama-1.4b at 32,000 are ours.
 PUBLISHED = {
     "llama-tiny": 8_064_384,
+    "llama-9.6m": 9_629_760,
     "smollm2-135m": 134_515_008,
     "llama-1.4b": 1_364_297_728,
     "llama3.2-1b": 1_235_814_400,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
 }
-TOKENIZERS = {"llama-tiny": 4096, "llama-1.4b": 32_000}
+TOKENIZERS = {"llama-tiny": 4096, "llama-9.6m": 4096, "llama-1.4b": 32_000}
 
 
 def _resolved(name: str) -> ModelConfig:
