@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from live_bytes import LiveBytes
 
 from megatron_sip.config.groups import Config, ModelConfig
 from megatron_sip.errors import ConfigError
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.engine import Rollouts, Sampling
+from tools.bench.live_bytes import LiveBytes
 
 MODEL = ModelConfig(
     num_layers=4,

@@ -11,15 +11,12 @@ from rich.table import Table
 
 from megatron_sip.cost.flops import StepFlops, step_flops
 from megatron_sip.cost.sizes import ModelSizes
+from tools.bench import machine
 from tools.bench.step_spec import Point
 
 PARTS = ("rollout", "judge_wait", "reference", "train", "optimizer", "other")
-LOAD_BOUND = 0.5
-"""Load average above which another process was at work before the bench began."""
 OTHERS_BOUND = 0.2
 """Processors kept busy by others, above which a measurement says less."""
-SPREAD_BOUND = 0.15
-"""Largest less smallest time of an arm, as a share of its median, that passes without a word."""
 
 
 @dataclass(frozen=True)
@@ -173,11 +170,7 @@ def _prefix(model: ModelSizes, result: Result) -> dict[str, Any]:
 
 def warnings_of(results: Sequence[Result], load_before: float) -> list[str]:
     """What makes the times less sure, a sentence each."""
-    said = []
-    if load_before > LOAD_BOUND:
-        said.append(
-            f"the load average was {load_before:.2f} before the bench (above {LOAD_BOUND}); wait until it falls"
-        )
+    said = machine.load_warning(load_before)
     for result in results:
         for name, samples in (("sip", result.sip), ("hf", result.hf)):
             said += [f"{describe(result.point)}, {name}: {text}" for text in _unsure(samples)]
@@ -191,11 +184,7 @@ def _unsure(samples: Sequence[Sample]) -> list[str]:
     busy = max(sample.others for sample in samples)
     if busy > OTHERS_BOUND:
         said.append(f"other processes kept {busy:.1f} processors busy; measure again on a quiet machine")
-    times = [sample.seconds for sample in samples]
-    spread = (max(times) - min(times)) / statistics.median(times)
-    if spread > SPREAD_BOUND:
-        said.append(f"the repeats lie {100 * spread:.0f} % apart; measure again with more --repeats")
-    return said
+    return said + machine.spread_warning([sample.seconds for sample in samples])
 
 
 def describe(point: Point) -> str:
@@ -260,9 +249,5 @@ def remarks(model: ModelSizes, result: Result) -> list[str]:
 
 def machine_line(around: Mapping[str, Any], rates: Mapping[str, float]) -> str:
     """Where it ran: device, threads, load, rates of matrix products."""
-    load, products = around["load_average"], ", ".join(f"{size}: {rate / 1e9:.0f}" for size, rate in rates.items())
-    return (
-        f"{around['device']}, {around['cores']} cores, {around['ranks']} ranks of {around['threads']} threads, "
-        f"{around['dtype']}; GFLOP/s of matrix products: {products}; load average {load['before']:.2f} before, "
-        f"{load['after']:.2f} behind; {around['date']}"
-    )
+    products = ", ".join(f"{size}: {rate / 1e9:.0f}" for size, rate in rates.items())
+    return f"{machine.ran_on(around)}; GFLOP/s of matrix products: {products}; {machine.ran_when(around)}"

@@ -1,7 +1,8 @@
-"""The bytes of all tensors that exist at a time, on any device; weights that oneDNN has packed are not among them."""
+"""The most memory that tensors hold at a time; weights that oneDNN has packed are not among them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ class LiveBytes(TorchDispatchMode):
         self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return out
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most that a call of `work` holds at a time beyond what was there before: of the GPU, else of all tensors."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    with LiveBytes() as seen:
+        work()
+    return seen.peak
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
