@@ -12,14 +12,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 import warnings
+from functools import partial
 from pathlib import Path
-from statistics import median
-
-import numpy as np
-import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -30,9 +25,9 @@ from megatron_sip.cost.sizes import model_sizes
 from megatron_sip.parallel import world as world_module
 from megatron_sip.rollout.engine import Sampling
 from tools.bench.machine import load_average
-from tools.bench.matmul import synchronize
 from tools.bench.step_inputs import random_cuts
 from tools.bench.step_spec import DEFAULT_MODEL, Point
+from tools.bench.turns import as_json, in_turn
 
 
 class GroupBench:
@@ -48,19 +43,12 @@ class GroupBench:
         self.prefixes = [cut.prefix for cut in random_cuts(point, model_sizes(DEFAULT_MODEL).vocab_size, 0, 1)]
         self.sampling = Sampling(point.rollouts, point.suffix, 1.0, 1.0, eod=0, stop_at_eod=False, seed=1)
 
-    def measure(self, groups: int) -> np.ndarray:
-        """Seconds of the wall, and the processor's on each rank."""
+    def generate(self, groups: int) -> None:
+        """All rollouts once."""
         from megatron_sip.rollout.megatron import MegatronEngine
 
         engine = MegatronEngine(self.policy, self.world, groups=groups)
-        dist.barrier(group=self.world.control_group)
-        wall, own = time.perf_counter(), time.process_time()
         engine.generate(self.prefixes, range(len(self.prefixes)), self.sampling)
-        synchronize()
-        seconds = torch.tensor([time.perf_counter() - wall, time.process_time() - own], dtype=torch.float64)
-        all_of = [torch.empty_like(seconds) for _ in range(self.world.size)]
-        dist.all_gather(all_of, seconds, group=self.world.control_group)
-        return np.array([max(float(rank[0]) for rank in all_of), *(float(rank[1]) for rank in all_of)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,20 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=UserWarning)
     bench = GroupBench(Point(options.prefix, options.suffix, options.k, options.batch))
-    before, found = load_average(), {groups: [bench.measure(groups)] for groups in options.groups}
-    for repeat in range(options.repeats):
-        for groups in options.groups[:: -1 if repeat % 2 else 1]:
-            found[groups].append(bench.measure(groups))
+    before, works = load_average(), {f"groups {groups}": partial(bench.generate, groups) for groups in options.groups}
+    found = in_turn(works, options.repeats, bench.world.control_group)
     if bench.world.is_main:
-        for groups, (_, *measured) in found.items():  # the first one warmed up
-            wall, total, largest = (
-                [row[0] for row in measured],
-                [sum(row[1:]) for row in measured],
-                [max(row[1:]) for row in measured],
-            )
+        for name, timings in found.items():
+            figures, walls = as_json(timings), ", ".join(f"{timing.wall:.2f}" for timing in timings)
             print(
-                f"groups {groups}: {median(wall):.2f} s ({', '.join(f'{second:.2f}' for second in wall)}); processor: "
-                f"{median(total):.2f} s in sum, {median(largest):.2f} s on the busiest rank",
+                f"{name}: {figures['seconds']:.2f} s ({walls}); processor: {figures['processor_seconds']:.2f} s in "
+                f"sum, {figures['busiest_rank_seconds']:.2f} s on the busiest rank",
                 flush=True,
             )
         print(f"load average: {before:.1f} before, {load_average():.1f} after")
