@@ -93,12 +93,13 @@ class Bench:
         return self._stack.enter_context(Arm(name, command, arm_environment(threads, ranks)))
 
     def measure(self, points: Sequence[Point], repeats: int) -> list[Result]:
-        """Every point with every arm, `repeats` times. SipError where an arm ends."""
+        """Every point with every arm, `repeats` times, there and back. SipError where an arm ends."""
         found = [_Found() for _ in points]
         for point in points:
             self._warm_up(point)
         for repeat in range(repeats):
-            for index, point in enumerate(points):
+            # A point that is always measured behind the same one has always the same start: idle cores, or warm ones.
+            for index, point in list(enumerate(points))[:: -1 if repeat % 2 else 1]:
                 self._number += self._steps
                 turns = self._turns()
                 for turn in turns[repeat % len(turns) :] + turns[: repeat % len(turns)]:

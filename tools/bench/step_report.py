@@ -45,7 +45,7 @@ class Result:
     """All that was measured at one point. `rate` is the best matmul rate, in operations a second of all devices.
 
     `hf_by_cache` are the steps of transformers with either cache of `generate`; the faster is what ours is set against.
-    `policy` are the seconds of a step of this size with an instant judge; None where no such step was measured.
+    `policy` are the seconds of a step of this size with an instant judge, one a repeat, where they were measured.
     """
 
     point: Point
@@ -56,7 +56,7 @@ class Result:
     hf_by_cache: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
     prefix: tuple[PrefixSample, ...] = ()
     save: tuple[float, ...] = ()
-    policy: float | None = None
+    policy: tuple[float, ...] = ()
 
     @property
     def hf_cache(self) -> str | None:
@@ -97,17 +97,19 @@ def prefix_arithmetic(model: ModelSizes, point: Point) -> float:
 
 
 def over_longer(result: Result) -> float | None:
-    """Whole step over the longer of policy's and judge's work; None with an instant judge.
+    """Whole step over the longer of policy's and judge's work, the median of the repeats; None with an instant judge.
 
-    The policy's work is a step with an instant judge. Where none was measured it is the step less its wait for the
-    judge, which hides by how much answers slow the policy down that come while it works.
+    The policy's work is a step with an instant judge of the same repeat, so that a slow minute counts in both. Where
+    none was measured it is the step less its wait for the judge, which hides by how much answers slow the policy down
+    that come while it works.
     """
-    judge, policy = result.point.judge_seconds, result.policy
+    judge = result.point.judge_seconds
     if judge <= 0:
         return None
-    if policy is None:
-        policy = statistics.median(sample.seconds - sample.parts["judge_wait"] for sample in result.sip)
-    return median_seconds(result.sip) / max(policy, judge)
+    policy = result.policy or [sample.seconds - sample.parts["judge_wait"] for sample in result.sip]
+    return statistics.median(
+        sample.seconds / max(alone, judge) for sample, alone in zip(result.sip, policy, strict=True)
+    )
 
 
 def as_json(model: ModelSizes, result: Result) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from tools.bench import machine
 from tools.bench.step_curves import panel, sweep_table
 from tools.bench.step_measure import Bench
 from tools.bench.step_options import add_flags, point_of, spec_of, surroundings
-from tools.bench.step_report import Result, as_json, machine_line, median_seconds, warnings_of
+from tools.bench.step_report import Result, as_json, machine_line, warnings_of
 from tools.bench.step_spec import Point, Spec
 
 _WIDTH = 160
@@ -69,7 +69,7 @@ def layout_of(text: str) -> tuple[int, int]:
 
 def beside_alone(results: Sequence[Result]) -> list[Result]:
     """The points of the sweep "judge" with the policy's own work, which is the first of them: its judge is instant."""
-    policy = median_seconds(results[0].sip)
+    policy = tuple(sample.seconds for sample in results[0].sip)
     return [replace(result, policy=policy) for result in results]
 
 

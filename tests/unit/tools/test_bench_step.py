@@ -15,7 +15,7 @@ from tools.bench import step, step_report, step_sweep
 from tools.bench.scripted_judge import ScriptedJudge
 from tools.bench.step_curves import panel, sweep_table
 from tools.bench.step_inputs import EOD, make_tokenizer, picks, random_cuts
-from tools.bench.step_measure import arm_environment
+from tools.bench.step_measure import Bench, arm_environment
 from tools.bench.step_options import model_of
 from tools.bench.step_report import PrefixSample, Result, Sample
 from tools.bench.step_spec import DEFAULT_MODEL, Point, Spec
@@ -90,10 +90,12 @@ def test_a_judge_in_turn_is_measured_against_the_longer_of_both() -> None:
 
 
 def test_a_policy_that_answers_slow_down_is_measured_against_itself_alone() -> None:
-    """The sweep "judge": 6 s alone, 9 s beside a judge of 1 s that it never waits for."""
-    slowed = tuple(sample(seconds) for seconds in (10.0, 8.0, 9.0))
+    """The sweep "judge": 5, 4 and 6 s alone, and 10, 6 and 9 s in the same repeats beside a judge of 1 s that it never
+    waits for: 2, 1.5 and 1.5 times as long."""
+    times = {0.0: (5.0, 4.0, 6.0), 1.0: (10.0, 6.0, 9.0)}
     alone, beside = (
-        result(Point(8, 8, 2, 2, judge_seconds=judge), sip=sip) for judge, sip in ((0.0, (sample(6.0),)), (1.0, slowed))
+        result(Point(8, 8, 2, 2, judge_seconds=judge), sip=tuple(map(sample, seconds)))
+        for judge, seconds in times.items()
     )
     assert step_report.over_longer(beside) == 1.0, "within itself nothing is seen of it"
     found = step_sweep.beside_alone([alone, beside])
@@ -122,6 +124,22 @@ def test_the_sweep_over_the_judge_measures_the_policy_alone_in_every_repeat(monk
     found = sweep.results()["judge"]
     assert asked == [([0.0], 1), ([0.0, 1.0, 8.0], 3)]
     assert [step_report.over_longer(one) for one in found] == [None, 1.5, 1.25]
+
+
+def test_points_are_measured_there_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(Spec(model=DEFAULT_MODEL, tokenizer=""), (), save=False, steps=1, say=lambda _: None)
+    asked: list[int] = []
+
+    def step(_name: str, point: Point, _steps: int) -> Sample:
+        asked.append(point.prefix)
+        return sample(float(point.prefix))
+
+    monkeypatch.setattr(bench, "_step", step)
+    monkeypatch.setattr(bench, "_arms", {}, raising=False)
+    monkeypatch.setattr(bench, "_measure_matmul", lambda *_: bench._rates.update({"64": 1e9}))
+    found = bench.measure([Point(prefix, 8, 2, 2) for prefix in (160, 320, 480)], 3)
+    assert asked[3:] == [160, 320, 480, 480, 320, 160, 160, 320, 480], "the first three warm up"
+    assert [[one.seconds for one in point.sip] for point in found] == [[160.0] * 3, [320.0] * 3, [480.0] * 3]
 
 
 def test_what_makes_times_unsure_is_said() -> None:
