@@ -1,7 +1,7 @@
 """Time reference and training over rows whose prefixes differ in length, put together in three ways.
 
 python tools/bench/row_lengths.py --json rows.json
-python tools/bench/row_lengths.py --prefix 128 1920 --suffix 128 --micro-batch-size 1 2 4 --threads 1
+python tools/bench/row_lengths.py --prefix 128 1920 --suffix 128 --micro-batch-size 1 2 4
 torchrun --nproc-per-node 2 tools/bench/row_lengths.py --threads 1                         # two stages (PP 2)
 
 Rows of similar length in one micro-batch, each micro-batch as wide as its longest row, is what the trainer does. Beside
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one = whole_number(1)
     parser.add_argument(
-        *("--prefix",), type=one, nargs=2, default=[64, 512], help="least and most tokens of a prefix (default: 64 512)"
+        *("--prefix",), type=one, nargs=2, default=[64, 384], help="least and most tokens of a prefix (default: 64 384)"
     )
     for name, default, text in (
         ("suffix", 64, "tokens of each of a row's two suffixes"),
