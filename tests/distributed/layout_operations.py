@@ -52,9 +52,10 @@ class OperationsCheck:
             trainer.config = replace(self.config, training=training)
             rows, copies = batch.layout().tolist(), 1 if shared else 2
             work = row_work(rows, copies=copies, with_prefix=False, confined=True)
-            reference, counts = trainer.reference_logps(batch), trainer._global_counts(batch)
-            self.same(partial(trainer.reference_logps, batch), work, 1)
-            self.same(partial(trainer.forward_backward, batch, reference, counts), work, 3)
+            arranged = trainer.arrange(batch)
+            reference, counts = trainer.reference_logps(arranged), trainer._global_counts(batch)
+            self.same(partial(trainer.reference_logps, arranged), work, 1)
+            self.same(partial(trainer.forward_backward, arranged, reference, counts), work, 3)
         trainer.config = self.config
 
     def rollouts(self) -> None:
