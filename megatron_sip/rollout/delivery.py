@@ -98,7 +98,10 @@ class ByConnection:
         if not isinstance(places, list) or not all(isinstance(place, dict) and "size" in place for place in places):
             raise UnusableError(f"its ranks do not say who they are: {str(answer)[:200]}", passing=True)
         if not places or int(places[0]["size"]) != len(places):
-            raise UnusableError(f"{len(places)} of its ranks answer, and they say that there are others: {places}")
+            raise UnusableError(
+                f"{len(places)} of its ranks answer, and they say that there are others ({places}); give each replica "
+                "of a data parallel server a --rollout-url of its own"
+            )
         return len(places)
 
     async def bring(self, to: Reach, weights: Weights) -> None:
@@ -130,7 +133,11 @@ class ByConnection:
         await asyncio.wait(ends, timeout=OTHER_END_SECONDS)
         faults = [*_sender_faults(sending), *_taker_faults(taking, ranks)]
         if faults:
-            raise UnusableError(f"the weights did not come through ({'; '.join(faults)})", passing=True)
+            raise UnusableError(
+                f"the weights did not come through ({'; '.join(faults)}); its log may tell more. Look for a firewall "
+                "between it and the trainer, or say --rollout-transfer folder",
+                passing=True,
+            )
 
 
 def _sender_faults(sending: asyncio.Future[None]) -> Iterator[str]:
