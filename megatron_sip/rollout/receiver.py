@@ -209,7 +209,7 @@ class Window:
         """One that has begun."""
         self._open.append((name, tensor, work))
 
-    def ended(self, room: int = WINDOW_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
+    def ended(self, room: float = math.inf) -> Iterator[tuple[str, torch.Tensor]]:
         """Wait for the oldest ones until `room` bytes more may be under way; all of them by default.
 
         Raises:

@@ -15,9 +15,9 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_sip.config.groups import Config, ParallelConfig, TrainingConfig
 from megatron_sip.config.numbers import whole_number
-from megatron_sip.errors import SipError
 from megatron_sip.parallel import world as world_module
 from tools.bench import head_report, machine, turns
 from tools.bench.head_arms import PASSES, HeadCase, draw_works, head_works
@@ -139,14 +138,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    try:
-        run(options)
-    except (SipError, OSError) as error:
-        print(f"lm_head: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return turns.as_command("lm_head", partial(run, build_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_sip.config.groups import Config, ParallelConfig, TrainingConfig
 from megatron_sip.config.numbers import whole_number
 from megatron_sip.config.presets import with_preset
-from megatron_sip.errors import ConfigError, SipError
+from megatron_sip.errors import ConfigError
 from megatron_sip.loss.reduce import GlobalCounts, local_counts
 from megatron_sip.parallel import world as world_module
 from megatron_sip.preference.arrange import ArrangedBatch, arrange
@@ -196,14 +195,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    try:
-        run(options)
-    except (SipError, OSError) as error:
-        print(f"row_lengths: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return turns.as_command("row_lengths", partial(run, build_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from megatron_sip.errors import SipError
 from megatron_sip.parallel.world import World
 from tools.bench import machine
 from tools.bench.matmul import synchronize
@@ -26,6 +29,17 @@ class Timing:
 
     wall: float
     processor: tuple[float, ...]
+
+
+def as_command(name: str, run: Callable[[], None]) -> int:
+    """The exit status of a bench; an error of its user's is one line with its name."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    try:
+        run()
+    except (SipError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def in_turn(

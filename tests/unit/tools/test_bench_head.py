@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from real_bench import figures_of
 from rich.console import Console
 
 from megatron_sip.model.lm_head import VocabularyPart, token_logprobs
@@ -101,14 +98,8 @@ def test_the_tables_have_a_column_for_every_size_of_chunk() -> None:
 
 
 def test_a_real_run_prints_and_writes_every_arm(tmp_path: Path) -> None:
-    file = tmp_path / "head.json"
     flags = "--vocab-sizes 300 9000 --positions 32 --rows 4 --hidden-size 16 --chunk-mib 1 --repeats 2 --threads 1"
-    command = [sys.executable, str(Path(lm_head.__file__)), *flags.split(), "--json", str(file)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(file.read_text())
+    found, printed = figures_of(lm_head, flags, tmp_path)
     assert [(head["vocab_size"], head["pass"]) for head in found["heads"]] == [
         (v, p) for v in (300, 9000) for p in PASSES
     ]
@@ -121,4 +112,4 @@ def test_a_real_run_prints_and_writes_every_arm(tmp_path: Path) -> None:
     assert [list(draw["arms"]) for draw in found["draws"]] == [[TWO_LEVELS, CUMULATIVE, MULTINOMIAL]] * 2
     assert (found["ranks"], found["threads"], found["dtype"], found["hidden_size"]) == (1, 1, "fp32", 16)
     for word in ("most memory", "torch.multinomial", "load average", "9,000"):
-        assert word in done.stdout
+        assert word in printed

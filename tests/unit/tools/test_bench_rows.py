@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from real_bench import figures_of
 from rich.console import Console
 
 from tools.bench import row_lengths
@@ -65,14 +62,8 @@ def test_flags_that_do_not_fit_are_one_line(flags: list[str], words: str, capsys
 
 
 def test_a_real_run_prints_and_writes_every_way(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
     flags = "--prefix 4 20 --suffix 4 --batch 4 --micro-batch-size 1 2 --repeats 2 --threads 1"
-    command = [sys.executable, str(Path(row_lengths.__file__)), *flags.split(), "--json", str(file)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(file.read_text())
+    found, printed = figures_of(row_lengths, flags, tmp_path)
     assert [(point["micro_batch_size"], point["way"]) for point in found["points"]] == [
         (size, way) for size in (1, 2) for way in (SIMILAR, IN_ORDER, ONE_WIDTH)
     ]
@@ -83,4 +74,4 @@ def test_a_real_run_prints_and_writes_every_way(tmp_path: Path) -> None:
     assert [point["padding"] > 0 for point in found["points"]][:3] == [False, False, True]
     assert len(found["prefixes"]) == 4
     for word in ("of one width", "load average", "PP 1"):
-        assert word in done.stdout
+        assert word in printed
