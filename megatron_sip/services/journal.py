@@ -87,13 +87,15 @@ class Journal:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._look_up, keys, wanted)
 
     async def append(self, entries: Sequence[Entry]) -> None:
-        """Write down answers; they are on disk when this returns.
+        """Write down answers; they are on disk when this returns, and soon after if it is cancelled.
 
         Raises:
             CheckpointError: the disk refuses.
         """
         if entries:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._append, entries)
+            # What waits for the thread would be dropped by a cancellation: the hub ends its tasks a second time when
+            # it closes, while they write down what they have.
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self._append, entries))
 
     def void(self, first_sample: int) -> None:
         """Take back all that was written of `first_sample` and later ones, so that a restart asks anew.

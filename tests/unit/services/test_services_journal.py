@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import random
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -224,6 +225,26 @@ def test_a_rollback_in_the_same_process_reads_again(tmp_path: Path) -> None:
         journal.checkpointed(2)
         append(journal, entries(4))
         assert journal.recall(2).verdicts == 3
+
+
+def test_what_is_given_up_while_it_waits_for_the_disk_is_written(tmp_path: Path) -> None:
+    """The hub ends its tasks a second time when it closes, while they write down what they have."""
+    free = threading.Event()
+
+    async def given_up(journal: Journal) -> None:
+        journal._thread.submit(free.wait, 20)
+        writing = asyncio.create_task(journal.append(entries(1, 2)))
+        await asyncio.sleep(0.05)
+        writing.cancel()
+        await asyncio.wait([writing])
+        assert writing.cancelled()
+        free.set()
+
+    with opened(tmp_path) as (journal, _):
+        asyncio.run(given_up(journal))
+    with opened(tmp_path) as (journal, recalled):
+        assert recalled.verdicts == 2
+        assert lookup(journal, [key(1), key(2)]) == dict(entries(1, 2))
 
 
 def test_memory_and_files_end_at_the_checkpoint(tmp_path: Path) -> None:
