@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
 
 
 @runtime_checkable
@@ -35,20 +36,24 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """`[batch, heads, q, dim]` over `[batch, kv_heads, k, dim]`; causal where no mask is given."""
+    times = query.shape[1] // key.shape[1]
+    if times > 1 and query.is_cuda and query.dtype == torch.float32:
+        # No fused kernel takes fewer key heads in fp32, and without one all scores lie in memory.
+        key, value, times = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), 1
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=times > 1
     )
 
 
-def _suffix_mask(prefix: int, suffix: int, device: torch.device) -> torch.Tensor:
-    """`[suffix, prefix + suffix]`, True where a suffix token may look: the whole prefix and itself so far."""
-    return torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=device).tril(diagonal=prefix)
+def _attend_at_end(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal where the last query stands at the last key: a suffix sees what is before it, and itself so far."""
+    suffix, width = query.shape[2], key.shape[2]
+    if query.is_cuda and query.dtype != torch.float32:
+        # Flash attention knows this mask by its name; given as a tensor, no fused kernel takes it with fewer key heads.
+        mask: torch.Tensor = causal_lower_right(suffix, width)
+    else:
+        mask = torch.ones(suffix, width, dtype=torch.bool, device=query.device).tril(diagonal=width - suffix)
+    return _attend(query, key, value, scale, mask)
 
 
 def _attend_rows(
@@ -63,8 +68,7 @@ def _attend_rows(
     if rejected:
         keys = torch.cat([key[:, :, :prefix], key[:, :, front:stop]], dim=2)
         values = torch.cat([value[:, :, :prefix], value[:, :, front:stop]], dim=2)
-        mask = _suffix_mask(prefix, rejected, query.device)
-        parts.append(_attend(query[:, :, front:stop], keys, values, scale, mask))
+        parts.append(_attend_at_end(query[:, :, front:stop], keys, values, scale))
     if stop < query.shape[2]:
         parts.append(torch.zeros_like(query[:, :, stop:]))
     return torch.cat(parts, dim=2)
@@ -88,7 +92,7 @@ def _attend_scored(
             for tensor in (key, value)
         )
         queries = torch.cat([query[:, :, end] for end in ends], dim=2)
-        parts.append(_attend(queries, keys, values, scale, _suffix_mask(prefix - 1, suffix, query.device)))
+        parts.append(_attend_at_end(queries, keys, values, scale))
         start += suffix
     return torch.cat(parts, dim=2) if parts else query[:, :, :0]
 

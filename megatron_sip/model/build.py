@@ -88,7 +88,6 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     model, parallel = config.model, config.parallel
     heads, groups, head_dim = attention_sizes(model, parallel.tensor_model_parallel_size)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    on_gpu = device.type == "cuda"
     layers = _given(model.num_layers, "--num-layers")
     first, last = uneven_ends(layers, parallel.pipeline_model_parallel_size) or (None, None)
     return TransformerConfig(
@@ -111,7 +110,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.training.bf16,
-        use_cpu_initialization=not on_gpu,
+        use_cpu_initialization=device.type != "cuda",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
@@ -119,13 +118,13 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         recompute_granularity=model.recompute_granularity,
         recompute_method="uniform" if model.recompute_granularity == "full" else None,
         recompute_num_layers=model.recompute_num_layers if model.recompute_granularity == "full" else None,
-        # The fused kernels are CUDA code; rotary stays unfused because positions differ by row.
-        bias_dropout_fusion=on_gpu,
+        # Nothing to fuse where there is neither bias nor dropout, and megatron-core would compile it for every shape.
+        bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=False,  # positions differ by row
     )
 
 

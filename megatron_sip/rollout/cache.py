@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_sip.model.attention import shared_prefix_attention
-from megatron_sip.rollout.parts import Part, attention_beside, attention_part
+from megatron_sip.rollout.parts import BIAS_MULTIPLE, Part, attention_beside, attention_part, joined
 
 
 class PrefillCache:
@@ -106,9 +106,11 @@ class DecodeCache:
         """
         keys, values = self.suffix[layer]
         keys[:, :, self.step], values[:, :, self.step] = key, value
-        length = self.step + 1
-        scores = (own @ keys[:, :, :length].transpose(-1, -2)).mul_(scale)
-        return attention_beside(on_prefix, scores, values[:, :, :length])
+        keys, values = keys[:, :, : self.step + 1], values[:, :, : self.step + 1]
+        if own.is_cuda:
+            # Fewer kernels than one softmax, of which each takes longer to start than to run.
+            return joined(on_prefix, attention_part(own, keys, values, scale))
+        return attention_beside(on_prefix, (own @ keys.transpose(-1, -2)).mul_(scale), values)
 
 
 class StaticDecodeCache(DecodeCache):
@@ -124,7 +126,8 @@ class StaticDecodeCache(DecodeCache):
             for tensor in (keys, values):
                 tensor.zero_()  # a weight of 0 does not silence a NaN
         self.place = torch.zeros(1, dtype=torch.int64, device=keys.device)
-        self._places = torch.arange(max_new_tokens, device=keys.device)
+        written = torch.arange(1, max_new_tokens + 1)
+        self._biases = _bias_behind(written, max_new_tokens, keys)
 
     def _with_suffix(
         self, layer: int, on_prefix: Part, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -132,13 +135,17 @@ class StaticDecodeCache(DecodeCache):
         keys, values = self.suffix[layer]
         keys.index_copy_(2, self.place, key[:, :, None])
         values.index_copy_(2, self.place, value[:, :, None])
-        scores = (own @ keys.transpose(-1, -2)).mul_(scale)
-        return attention_beside(on_prefix, scores.masked_fill_(self._places > self.place, float("-inf")), values)
+        bias = self._biases.index_select(0, self.place)[..., : keys.shape[2]]
+        return joined(on_prefix, attention_part(own, keys, values, scale, bias))
 
 
 def _bias_of(lengths: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """`[prefixes, 1, 1, width]`, -inf behind the end of each prefix; None where all are as long as `key` is wide."""
-    beyond = torch.arange(key.shape[2])[None, :] >= lengths[:, None]
-    if not bool(beyond.any()):
-        return None
-    return torch.zeros(beyond.shape).masked_fill(beyond, float("-inf"))[:, None, None].to(key)
+    width = key.shape[2]
+    return None if bool((lengths == width).all()) else _bias_behind(lengths, width, key)[..., :width]
+
+
+def _bias_behind(lengths: torch.Tensor, width: int, like: torch.Tensor) -> torch.Tensor:
+    """`[n, 1, 1, width or more]` as `like`, -inf from the place `lengths` `[n]` on."""
+    beyond = torch.arange(width + -width % BIAS_MULTIPLE)[None, :] >= lengths[:, None]
+    return torch.zeros(beyond.shape).masked_fill(beyond, float("-inf"))[:, None, None].to(like)

@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 
 _FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""What scaled_dot_product_attention calls on a CPU; it also returns the logarithms of the sums, which that drops."""
+_EFFICIENT_ON_GPU = torch.ops.aten._scaled_dot_product_efficient_attention
+"""What scaled_dot_product_attention calls; these also return the logarithms of the sums, which that drops."""
+BIAS_MULTIPLE = 16
+"""The memory-efficient kernel reads a bias whose rows begin at multiples of so many elements."""
 
 
 class Part(NamedTuple):
@@ -32,11 +35,17 @@ def attention_part(
 
     query  [batch, heads, q, dim]
     key    [batch, heads, n, dim], as value
-    bias   [batch, 1, 1, n] in the dtype of the query, added to the scores
+    bias   [batch, 1, 1, n] in the dtype of the query, added to the scores; on a GPU its rows begin at multiples of
+           `BIAS_MULTIPLE`
     """
     if query.device.type == "cpu":
         out, log_sums = _FLASH_ON_CPU(query, key, value, attn_mask=bias, scale=scale)
         return Part(out, log_sums[..., None])
+    if query.shape[-1] % 8 == 0:
+        # No flash attention, which takes no bias.
+        spread = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])
+        out, log_sums, *_ = _EFFICIENT_ON_GPU(query, key, value, spread, True, scale=scale)
+        return Part(out, log_sums[:, :, : query.shape[2], None])  # it pads the queries
     scores = query @ key.transpose(-1, -2) * scale
     return part_of((scores if bias is None else scores + bias).float(), value)
 
@@ -45,6 +54,12 @@ def part_of(scores: torch.Tensor, value: torch.Tensor) -> Part:
     """The part of the keys whose scores `[..., q, n]`, fp32, are these; they may be overwritten."""
     log_sums = scores.logsumexp(-1, keepdim=True)
     return Part(scores.sub_(log_sums).exp_().to(value.dtype) @ value, log_sums)
+
+
+def joined(first: Part, second: Part) -> torch.Tensor:
+    """The attention to the keys of both; fp32."""
+    share = (second.log_sums - first.log_sums).sigmoid()
+    return first.values.float().lerp(second.values.float(), share)
 
 
 def attention_beside(part: Part, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

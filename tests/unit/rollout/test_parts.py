@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sip.rollout.parts import Part, attention_beside, attention_part, part_of
+from megatron_sip.rollout.parts import Part, attention_beside, attention_part, joined, part_of
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -25,8 +25,10 @@ def test_two_parts_are_one_softmax(biased: bool, stronger: int) -> None:
     scores[..., :7] += bias
     wanted = scores.softmax(-1) @ torch.cat(values, dim=2).double()
     for part in (first, again):
-        joined = attention_beside(part, query @ keys[1].transpose(-1, -2) * 0.4, values[1])
-        torch.testing.assert_close(joined.double(), wanted, atol=1e-5, rtol=0)
+        beside = attention_beside(part, query @ keys[1].transpose(-1, -2) * 0.4, values[1])
+        torch.testing.assert_close(beside.double(), wanted, atol=1e-5, rtol=0)
+        both = joined(part, attention_part(query, keys[1], values[1], 0.4))
+        torch.testing.assert_close(both.double(), wanted, atol=1e-5, rtol=0)
 
 
 def test_a_part_that_has_no_weight_leaves_the_other() -> None:
