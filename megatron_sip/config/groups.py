@@ -206,8 +206,9 @@ class RolloutConfig:
     rollout_pipeline_groups: int | None = None
     """Groups of a wave's prefixes that pass the pipeline stages one behind the other, so that no stage is idle; default
     as many as there are stages."""
-    rollout_cuda_graph: bool = False
-    """Decode each token by one launch of a CUDA graph, recorded once a wave, instead of many for every layer."""
+    rollout_cuda_graph: bool | None = None
+    """Decode each token by one launch of a CUDA graph, recorded once a wave, instead of many for every layer; default
+    on a GPU, with megatron-core's local layers and without tensor parallel."""
     rollout_engine: Literal["megatron", "vllm"] = "megatron"
     """Who writes the rollouts: the training processes with their own weights, or vLLM servers that are sent the
     weights before every step; see docs/rollouts.md."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +14,36 @@ WARM_UPS = 2
 """Steps on a side stream before the recording, in which libraries make their workspaces."""
 
 
+class GraphRoom:
+    """Where the graphs of an engine are recorded: a stream, and a pool for all that their steps make.
+
+    One for all graphs: each recording would take new memory from the driver otherwise, and what a pool holds for one
+    stream is of no use to another. The graphs must not run at the same time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        # A pool lives as long as a graph that was recorded in it; this one is never replayed.
+        self._keeper = torch.cuda.CUDAGraph()
+        with self.record(self._keeper):
+            torch.zeros(1, device=device)
+
+    @contextmanager
+    def record(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """What the device is asked for in here on this room's stream becomes the graph, and is not done.
+
+        Not torch.cuda.graph(): that gives all unused memory back to the driver first, from which the next training
+        step would have to take it again. Other threads, as that of nccl, may go on meanwhile.
+        """
+        pool = None if graph is self._keeper else self._keeper.pool()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
+
+
 class GraphedStage:
     """Records a stage's decoding step at its first call and replays it at every later one.
 
@@ -20,9 +51,10 @@ class GraphedStage:
     overwritten by the next.
     """
 
-    def __init__(self, policy: PolicyModel, stage: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, policy: PolicyModel, stage: Callable[..., torch.Tensor], room: GraphRoom) -> None:
         self.policy = policy
         self.stage = stage
+        self.room = room
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(
@@ -54,15 +86,14 @@ class GraphedStage:
         def run() -> torch.Tensor:
             return self.stage(given[0], given[1], cache, sources)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        main, side, graph = torch.cuda.current_stream(), self.room.stream, torch.cuda.CUDAGraph()
+        side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with self.room.record(graph):
             self._out = run()
+        main.wait_stream(side)
         graph.replay()
         self._graph = graph
         return self._out

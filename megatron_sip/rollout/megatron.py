@@ -14,7 +14,7 @@ from megatron_sip.model.decode import DecodeStage
 from megatron_sip.model.policy import PolicyModel
 from megatron_sip.parallel.world import World
 from megatron_sip.rollout.engine import OnWave, Rollouts, Sampling
-from megatron_sip.rollout.graphs import GraphedStage
+from megatron_sip.rollout.graphs import GraphedStage, GraphRoom
 from megatron_sip.rollout.groups import RowGroup, divide
 from megatron_sip.rollout.order import InBatchOrder, longest_first
 from megatron_sip.rollout.pipeline import RowPipeline
@@ -30,7 +30,7 @@ class MegatronEngine:
     `limits` bound the prefixes that are decoded together; `say` hears how many these are, where memory decides. The
     prefixes of a wave pass the pipeline stages in `groups`; None: as many as there are stages. Prefixes of like length
     share waves and groups. `at_boundary` is called every `block` tokens, equally often on all ranks, and may raise to
-    give the rollouts up.
+    give the rollouts up. `cuda_graph` None: where that was seen to work, on a GPU with local layers and without TP.
 
     Raises:
         ConfigError: `cuda_graph` on a CPU.
@@ -45,11 +45,10 @@ class MegatronEngine:
         groups: int | None = None,
         block: int = BOUNDARY_TOKENS,
         say: Callable[[str], None] = lambda _text: None,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
     ) -> None:
         if cuda_graph and world.device.type != "cuda":
             raise ConfigError("--rollout-cuda-graph needs a GPU, and this rank has none; leave it out")
-        self.cuda_graph = cuda_graph
         self.policy = policy
         self.world = world
         self.at_boundary = at_boundary
@@ -60,6 +59,10 @@ class MegatronEngine:
         self.pipeline = RowPipeline(world, policy.config.hidden_size, policy.config.pipeline_dtype, self.multiple)
         self.bypasses = DecodeStage.fits(policy)
         """Whether tokens are decoded without megatron-core's wrappers."""
+        if cuda_graph is None:
+            cuda_graph = world.device.type == "cuda" and world.tp_size == 1 and self.bypasses
+        self.graph_room = GraphRoom(world.device) if cuda_graph else None
+        """Where CUDA graphs are recorded; None: tokens are decoded without them."""
 
     def generate(
         self,
@@ -112,7 +115,7 @@ class MegatronEngine:
                 sample_indices[some],
                 sampling,
                 tokens[some.start * k : some.stop * k],
-                GraphedStage(self.policy, stage) if self.cuda_graph else stage,
+                GraphedStage(self.policy, stage, self.graph_room) if self.graph_room else stage,
             )
             for some in divide(len(prefixes), self.groups)
         ]

@@ -61,6 +61,11 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--micro-batch-size", type=one, default=1, help="ours: pairs of a pass (default: 1)")
     group.add_argument("--rollout-batch-size", type=one, help="ours: prefixes of a wave (default: all)")
     group.add_argument("--rollout-pipeline-groups", type=one, help="ours: groups of a wave (default: PP)")
+    group.add_argument(
+        "--rollout-cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="ours: decode by CUDA graphs (default: on a GPU, without TP)",
+    )
     group.add_argument("--hf-micro-batch-size", type=one, help="hf: pairs of a pass (default: all)")
     group.add_argument(
         "--hf-cache",
@@ -122,6 +127,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         micro_batch_size=options.micro_batch_size,
         rollout_batch_size=options.rollout_batch_size,
         rollout_pipeline_groups=options.rollout_pipeline_groups,
+        rollout_cuda_graph=options.rollout_cuda_graph,
         hf_micro_batch_size=options.hf_micro_batch_size,
         hf_caches=tuple(options.hf_cache),
         seed=options.seed,

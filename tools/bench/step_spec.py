@@ -67,6 +67,7 @@ class Spec:
     micro_batch_size: int | None = 1
     rollout_batch_size: int | None = None
     rollout_pipeline_groups: int | None = None
+    rollout_cuda_graph: bool | None = None
     hf_micro_batch_size: int | None = None
     hf_caches: tuple[str, ...] = HF_CACHES
     seed: int = 1
