@@ -9,6 +9,7 @@ import torch
 
 from megatron_sip.config.groups import ReferenceConfig
 from megatron_sip.errors import CheckpointError, ConfigError
+from megatron_sip.model.delivery import DeviceDelivery
 
 
 def main_parameter(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -47,6 +48,7 @@ class ReferencePolicy:
         self.config = config
         self.optimizer_steps = 0
         self.tensors = {name: self._host_copy(p) for name, p in policy.named_parameters()}
+        self._delivery = DeviceDelivery() if any(p.is_cuda for p in policy.parameters()) else None
 
     @staticmethod
     def _host_copy(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -57,6 +59,7 @@ class ReferencePolicy:
     @torch.no_grad()
     def copy_policy(self) -> None:
         """Become the policy as it is now."""
+        self.stay()
         for name, parameter in self.policy.named_parameters():
             self.tensors[name].copy_(_whole_value(parameter))
 
@@ -80,6 +83,7 @@ class ReferencePolicy:
         A GPU takes the reference in from page-locked memory, one tensor after the other, and gives it back: two
         transfers at full speed instead of one through pageable memory and an average on the host.
         """
+        self.stay()
         for name, parameter in self.policy.named_parameters():
             main = main_parameter(parameter).detach().view(parameter.shape)
             host = self.tensors[name]
@@ -89,17 +93,32 @@ class ReferencePolicy:
         if any(parameter.is_cuda for parameter in self.policy.parameters()):
             torch.cuda.current_stream().synchronize()  # the host reads these tensors next
 
+    def come(self) -> None:
+        """Begin to bring the weights to the policy's GPU, for who will soon ask for them; without a GPU nothing.
+
+        It goes on beside what the GPU does. They take the policy's memory once more until the block of
+        `in_place_of_policy` ends, or `stay` is called.
+        """
+        if self._delivery:
+            self._delivery.begin({name: (self.tensors[name], p) for name, p in self.policy.named_parameters()})
+
+    def stay(self) -> None:
+        """Give up what `come` began."""
+        if self._delivery:
+            self._delivery.drop()
+
     @contextmanager
     def in_place_of_policy(self) -> Iterator[None]:
         """Run the block with the reference weights in the policy's parameters."""
         parameters = dict(self.policy.named_parameters())
         own = {name: parameter.data for name, parameter in parameters.items()}
+        self.come()
         try:
+            brought = self._delivery.take() if self._delivery else self.tensors
             for name, parameter in parameters.items():
-                # On the host in fp32 this is the reference tensor itself: no copy is made. To a GPU it travels in
-                # fp32 from page-locked memory and is rounded there, which leaves the host free.
-                on_device = self.tensors[name].to(parameter.device, non_blocking=True)
-                parameter.data = on_device.to(parameter.dtype)
+                # On the host in fp32 this is the reference tensor itself: no copy is made.
+                parameter.data = brought[name].to(parameter.dtype)
+            del brought
             yield
         finally:
             for name, parameter in parameters.items():
@@ -114,6 +133,7 @@ class ReferencePolicy:
         if tensors.keys() != self.tensors.keys():
             different = sorted(tensors.keys() ^ self.tensors.keys())[:3]
             raise CheckpointError(f"the checkpoint's reference policy has other parameters: {', '.join(different)}")
+        self.stay()
         for name, tensor in tensors.items():
             self.tensors[name].copy_(tensor)
         self.optimizer_steps = optimizer_steps

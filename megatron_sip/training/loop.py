@@ -154,6 +154,7 @@ class Run:
         for coming in self.overlap.due(iteration):
             self.overlap.add(coming, self.begin(coming))
         batch = self.overlap.take(iteration)
+        self.trainer.expect_batch()
         preferences = self.maker.finish(batch)
         size, samples = self.config.training.global_batch_size, batch.samples
         consumed = self.course.progress.consumed_samples + size

@@ -96,6 +96,11 @@ class PolicyTrainer:
         """The rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def expect_batch(self) -> None:
+        """A batch is soon to be trained: what that needs may come meanwhile."""
+        if self.reference:
+            self.reference.come()
+
     def step(
         self, batch: PreferenceBatch, updating: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> StepResult:
@@ -109,6 +114,8 @@ class PolicyTrainer:
         """
         counts = self._global_counts(batch)
         if counts.of(self.weights.primary) == 0:
+            if self.reference:
+                self.reference.stay()
             return StepResult("no_pairs", None, {}, 0.0, 0.0)
         started, arranged = time.perf_counter(), self.arrange(batch)
         with region("reference"):

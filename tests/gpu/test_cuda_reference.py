@@ -30,3 +30,29 @@ def test_averages_as_the_host_would_and_is_read_at_once() -> None:
         for name, parameter in policy.named_parameters():
             wanted[name].lerp_(parameter.detach().cpu(), 0.25)
             torch.testing.assert_close(reference.tensors[name], wanted[name], atol=1e-6, rtol=1e-6)
+
+
+def test_comes_ahead_in_the_format_of_the_policy_and_is_no_older_than_asked_for() -> None:
+    torch.manual_seed(0)
+    # One tensor is larger than what travels at a time, and no multiple of it.
+    policy = torch.nn.Sequential(torch.nn.Linear(4099, 4999), torch.nn.Linear(8, 3)).to("cuda", torch.bfloat16)
+    reference = ReferencePolicy(policy, ReferenceConfig(reference="periodic", reference_update_interval=1))
+    own = {name: parameter.data_ptr() for name, parameter in policy.named_parameters()}
+
+    def lent() -> dict[str, torch.Tensor]:
+        with reference.in_place_of_policy():
+            return {name: parameter.detach().cpu() for name, parameter in policy.named_parameters()}
+
+    for ahead in (False, True):
+        for tensor in reference.tensors.values():
+            tensor.normal_()
+        if ahead:
+            reference.come()
+            reference.come()
+        for name, tensor in lent().items():
+            assert torch.equal(tensor, reference.tensors[name].bfloat16())
+    reference.come()
+    reference.after_optimizer_step()
+    for name, tensor in lent().items():
+        assert torch.equal(tensor, policy.get_parameter(name).cpu()), "what was under way is not the new average"
+    assert own == {name: parameter.data_ptr() for name, parameter in policy.named_parameters()}

@@ -79,6 +79,7 @@ def config_of(spec: Spec, point: Point) -> Config:
             num_rollouts=point.rollouts,
             rollout_batch_size=spec.rollout_batch_size,
             rollout_pipeline_groups=spec.rollout_pipeline_groups,
+            rollout_cuda_graph=spec.rollout_cuda_graph,
         ),
         judge=JudgeConfig(quality_weight=0.0, classifier_weight=1.0, judge_lag=spec.judge_lag),
         checkpoint=CheckpointConfig(save=spec.save, keep_last_n=1),
@@ -147,6 +148,7 @@ class SipStep:
             WaveLimits(config.rollout.rollout_batch_size),
             at_boundary=lambda: self.boundaries.before("rollout"),
             groups=config.rollout.rollout_pipeline_groups,
+            cuda_graph=config.rollout.rollout_cuda_graph,
         )
         if self.services:
             self.services.take(point.judge_seconds, point.batch * (point.rollouts + 1))
@@ -165,6 +167,7 @@ class SipStep:
         started = time.perf_counter()
         for coming in overlap.due(number):
             overlap.add(coming, self.begin(point, coming))
+        self.trainer.expect_batch()
         preferences = self.maker.finish(overlap.take(number))
         parts = {name: preferences.seconds[name] for name in ("rollout", "judge_wait")}
         parts |= self.train(preferences.batch)
