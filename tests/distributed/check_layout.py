@@ -309,8 +309,10 @@ def main() -> None:
         rollouts = RolloutCheck(check.policy, check.world, check.folder, check.indices)
         rollouts.tokens(Path(samples))
         rollouts.spread_vocabulary()
-        memory = MemoryCheck(check.config, check.world)
+    memory = MemoryCheck(check.config, check.world)
+    if not bf16 or check.world.device.type == "cuda":  # a CPU computes parts of bf16 attention in fp32
         memory.predictions()
+    if not bf16:
         memory.waves()
     # Behind the rollouts, as in a real step: what they leave behind must not disturb training.
     check.logprobs()

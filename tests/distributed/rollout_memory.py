@@ -89,9 +89,9 @@ class MemoryCheck:
             told = f"{name}: {predicted / 1e6:.2f} MB predicted, {allocated / 1e6:.2f} MB allocated"
             if self.world.is_main:
                 print(told, flush=True)
-            # On a GPU other kernels run, of which none was measured yet.
-            if self.world.device.type == "cpu":
-                assert (1 - BELOW) * allocated <= predicted <= (1 + ABOVE) * allocated, told
+            assert (1 - BELOW) * allocated <= predicted, told
+            if self.world.device.type == "cpu":  # fused kernels of a GPU need less
+                assert predicted <= (1 + ABOVE) * allocated, told
 
     def waves(self) -> None:
         """The largest wave that fits on every rank, the same everywhere; one that fits nowhere is refused by name."""
