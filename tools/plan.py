@@ -157,7 +157,7 @@ def checked(args: argparse.Namespace) -> Result:
     return Result(
         "Check of the cost model",
         check_report.grids(found, constants),
-        [f"Predicted from the measured rate of matrix products, with {how}."],
+        [f"Predicted with {how}, from the measured rate of matrix products (GPU without a fit: --peak-tflops)."],
         check_report.as_json(found, constants),
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_sip.cost.assumed import assumed, setting
 
 H100 = "NVIDIA's data sheet of the H100 SXM"
+MEASURED = "measured on an H200 with megatron-core's local layers, docs/performance.md"
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Cluster:
 class Efficiency:
     """Shares of the peak that are reached, and what each call costs beside it."""
 
-    train_mfu: float = assumed(0.40, "share of the peak in forward and backward", "0.38 to 0.43 in arXiv 2407.21783")
-    forward_mfu: float = assumed(0.45, "share of the peak in prefill and reference", "ours")
+    train_mfu: float = assumed(0.37, "share of the peak in forward and backward", MEASURED)
+    forward_mfu: float = assumed(0.37, "share of the peak in prefill and reference", MEASURED)
     decode_mfu: float = assumed(0.40, "share of the peak in decoding where arithmetic bounds it", "ours")
     decode_bandwidth_share: float = assumed(0.60, "share of the memory bandwidth in decoding", "ours")
-    update_bandwidth_share: float = assumed(0.70, "share of the memory bandwidth in the optimizer", "ours")
-    layer_overhead_us: float = assumed(40.0, "decoding: kernel starts of a layer, microseconds", "ours, CUDA graphs")
+    update_bandwidth_share: float = assumed(0.60, "share of the memory bandwidth in the optimizer", MEASURED)
+    layer_overhead_us: float = assumed(130.0, "decoding: small kernels of a layer, microseconds", MEASURED)
     tp_latency_us: float = assumed(15.0, "decoding: one reduction over TP, microseconds; two a layer", "ours")
     token_overhead_us: float = assumed(200.0, "decoding: sampling of one token of all rows, microseconds", "ours")
     row_padding: float = assumed(1.0, "width of the trained rows over their length", "ours: rows of like length meet")

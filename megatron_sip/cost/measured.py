@@ -21,7 +21,7 @@ class MeasuredStep:
     """One measured size.
 
     `rate` is the best rate of matrix products of one rank's device, in operations a second: on a CPU the ranks share
-    the machine's. `seconds` are those of the `PARTS`.
+    the machine's. `seconds` are those of the `PARTS`. `gpu`: the device is one.
     """
 
     name: str
@@ -29,6 +29,7 @@ class MeasuredStep:
     run: RunSettings
     rate: float
     seconds: Mapping[str, float]
+    gpu: bool = False
 
     @property
     def ranks(self) -> int:
@@ -92,4 +93,6 @@ def _step(data: Mapping[str, Any], point: Mapping[str, Any]) -> MeasuredStep:
     layout = f" TP {tp} PP {pp}" if tp * pp > 1 else ""
     name = f"P {run.prefix_length} K {run.num_rollouts} B {run.global_batch_size}{layout}"
     rate = point["flops_per_step"] / point["floor_seconds"] / (tp * pp)
-    return MeasuredStep(name, ModelSizes(**sizes), run, rate, {part: float(point["parts"][part]) for part in PARTS})
+    seconds = {part: float(point["parts"][part]) for part in PARTS}
+    # Files that do not tell are of the time in which none was measured on a GPU.
+    return MeasuredStep(name, ModelSizes(**sizes), run, rate, seconds, gpu=data.get("gpu") is not None)

@@ -81,7 +81,7 @@ def policy_seconds(
         train=train,
         gradient_reduce=_reduce_seconds(run, cluster, memory, training.dp, train / training.groups),
         optimizer=_optimizer_seconds(run, cluster, efficiency, parameters, training.dp),
-        # Main weights to the host, and as long again for the average there.
+        # In and out again; the average is made on the GPU.
         reference_update=2 * memory.host_reference / (1e9 * cluster.host_bandwidth_gb) / run.reference_update_interval,
     )
 

@@ -74,10 +74,11 @@ def spread_warning(seconds: Sequence[float]) -> list[str]:
 
 
 def facts(device: str | None) -> dict[str, Any]:
-    """Date, device (a GPU's name, else the CPU's), cores and versions."""
+    """Date, device (a GPU's name, else the CPU's), the GPU if there is one, cores and versions."""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": device or processor_name(),
+        "gpu": device,
         "cores": os.cpu_count(),
         "versions": versions(),
     }

@@ -187,6 +187,9 @@ def test_without_a_fit_the_shares_of_the_flags_predict(tmp_path: Path) -> None:
     flops = step_flops(SMALL, step.run.work())
     assert seconds["train"] == pytest.approx(flops.train.total / (0.5 * RATE))
     assert seconds["reference"] == pytest.approx(flops.reference.total / (0.25 * RATE), rel=0.01)
+    on_gpu = planned(Cluster(peak_tflops=RATE / 1e12 * 2), efficiency)(replace(step, gpu=True))
+    assert on_gpu["train"] == pytest.approx(seconds["train"] / 2)
+    assert on_gpu["other"] == pytest.approx(4 * SMALL.parameters / 50e9, rel=1e-3)
 
 
 def test_tables_and_json_tell_fitted_sizes_apart(tmp_path: Path) -> None:
