@@ -208,7 +208,7 @@ class RolloutConfig:
     as many as there are stages."""
     rollout_cuda_graph: bool | None = None
     """Decode each token by one launch of a CUDA graph, recorded once a wave, instead of many for every layer; default
-    on a GPU, with megatron-core's local layers and without tensor parallel."""
+    on a GPU, with megatron-core's local layers and neither tensor nor pipeline parallel."""
     rollout_engine: Literal["megatron", "vllm"] = "megatron"
     """Who writes the rollouts: the training processes with their own weights, or vLLM servers that are sent the
     weights before every step; see docs/rollouts.md."""

@@ -30,7 +30,7 @@ class MegatronEngine:
     `limits` bound the prefixes that are decoded together; `say` hears how many these are, where memory decides. The
     prefixes of a wave pass the pipeline stages in `groups`; None: as many as there are stages. Prefixes of like length
     share waves and groups. `at_boundary` is called every `block` tokens, equally often on all ranks, and may raise to
-    give the rollouts up. `cuda_graph` None: where that was seen to work, on a GPU with local layers and without TP.
+    give the rollouts up. `cuda_graph` None: where that was seen to work, on a GPU with local layers, TP 1 and PP 1.
 
     Raises:
         ConfigError: `cuda_graph` on a CPU.
@@ -60,7 +60,7 @@ class MegatronEngine:
         self.bypasses = DecodeStage.fits(policy)
         """Whether tokens are decoded without megatron-core's wrappers."""
         if cuda_graph is None:
-            cuda_graph = world.device.type == "cuda" and world.tp_size == 1 and self.bypasses
+            cuda_graph = world.device.type == "cuda" and world.tp_size == world.pp_size == 1 and self.bypasses
         self.graph_room = GraphRoom(world.device) if cuda_graph else None
         """Where CUDA graphs are recorded; None: tokens are decoded without them."""
 

@@ -64,7 +64,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--rollout-cuda-graph",
         action=argparse.BooleanOptionalAction,
-        help="ours: decode by CUDA graphs (default: on a GPU, without TP)",
+        help="ours: decode by CUDA graphs (default: on a GPU, without TP and PP)",
     )
     group.add_argument("--hf-micro-batch-size", type=one, help="hf: pairs of a pass (default: all)")
     group.add_argument(
