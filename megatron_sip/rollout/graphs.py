@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -15,13 +15,17 @@ WARM_UPS = 2
 
 
 class GraphRoom:
-    """Where the graphs of an engine are recorded: a stream, and a pool for all that their steps make.
+    """Where graphs of up to `rows` rows are recorded: a stream, and a pool for all that their steps make.
 
     One for all graphs: each recording would take new memory from the driver otherwise, and what a pool holds for one
-    stream is of no use to another. The graphs must not run at the same time.
+    stream is of no use to another. It lasts for more than one wave, and grows only with the rows; so more rows get a
+    new one, and the old one's memory goes back. The graphs must not run at the same time.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, rows: int) -> None:
+        self.rows = rows
+        # A recording takes its memory from the driver alone, so what is unused goes back there before.
+        torch.cuda.empty_cache()
         self.stream = torch.cuda.Stream(device)
         # A pool lives as long as a graph that was recorded in it; this one is never replayed.
         self._keeper = torch.cuda.CUDAGraph()
@@ -32,16 +36,19 @@ class GraphRoom:
     def record(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """What the device is asked for in here on this room's stream becomes the graph, and is not done.
 
-        Not torch.cuda.graph(): that gives all unused memory back to the driver first, from which the next training
-        step would have to take it again. Other threads, as that of nccl, may go on meanwhile.
+        Not torch.cuda.graph(): that gives all unused memory back each time, which the next training step would have to
+        take again. Other threads, as that of nccl, may go on meanwhile.
         """
         pool = None if graph is self._keeper else self._keeper.pool()
         with torch.cuda.stream(self.stream):
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it only says that the recording failed, and not why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
 
 class GraphedStage:
@@ -79,7 +86,7 @@ class GraphedStage:
         self, given: list[torch.Tensor], cache: StaticDecodeCache, sources: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """A step repeated writes the same keys to the same place, so that warming up and recording spoil nothing."""
-        self._given = given
+        self._given, self._sources = given, sources  # the graph reads them where they are now
         if len(given) > 2:
             self.policy.set_input_tensor(given[2])
 

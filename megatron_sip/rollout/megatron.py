@@ -61,8 +61,8 @@ class MegatronEngine:
         """Whether tokens are decoded without megatron-core's wrappers."""
         if cuda_graph is None:
             cuda_graph = world.device.type == "cuda" and world.tp_size == world.pp_size == 1 and self.bypasses
-        self.graph_room = GraphRoom(world.device) if cuda_graph else None
-        """Where CUDA graphs are recorded; None: tokens are decoded without them."""
+        self.cuda_graph = cuda_graph
+        self._room: GraphRoom | None = None
 
     def generate(
         self,
@@ -109,13 +109,14 @@ class MegatronEngine:
         """Prefill each prefix once and decode all its rows together, in groups, block after block of tokens."""
         k, count = sampling.num_rollouts, sampling.max_new_tokens
         tokens = torch.zeros(len(prefixes) * k, count, dtype=torch.int64, device=self.world.device)
+        room = self._room_for(max(some.stop - some.start for some in divide(len(prefixes), self.groups)) * k)
         groups = [
             RowGroup(
                 prefixes[some],
                 sample_indices[some],
                 sampling,
                 tokens[some.start * k : some.stop * k],
-                GraphedStage(self.policy, stage, self.graph_room) if self.graph_room else stage,
+                GraphedStage(self.policy, stage, room) if room else stage,
             )
             for some in divide(len(prefixes), self.groups)
         ]
@@ -129,6 +130,13 @@ class MegatronEngine:
             self.pipeline.write(groups, block, self._pass)
             self.pipeline.tell(tokens[:, block])
         return replace(_as_rollouts(tokens.cpu(), k, sampling), metrics=metrics)
+
+    def _room_for(self, rows: int) -> GraphRoom | None:
+        """Where graphs of so many rows are recorded; None: there are none."""
+        if self.cuda_graph and (self._room is None or self._room.rows < rows):
+            self._room = None  # before the new one takes what it gives back
+            self._room = GraphRoom(self.world.device, rows)
+        return self._room
 
     def _pass(self, group: RowGroup, step: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """This stage's part of token `step`: hidden states for the next stage, or on the last one the tokens."""

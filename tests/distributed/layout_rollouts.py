@@ -94,6 +94,9 @@ class RolloutCheck:
         from megatron_sip.rollout.wave_plan import WaveLimits
 
         limits = WaveLimits(prefixes=5)
+        world = self.world
+        alone = world.device.type == "cuda" and world.tp_size == world.pp_size == 1
+        assert MegatronEngine(self.policy, world).cuda_graph == alone, "graphs are the default where they were seen"
         if self.world.device.type != "cuda":
             with pytest.raises(ConfigError, match="--rollout-cuda-graph needs a GPU"):
                 MegatronEngine(self.policy, self.world, limits, cuda_graph=True)
