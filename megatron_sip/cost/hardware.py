@@ -31,11 +31,15 @@ class Efficiency:
     """Shares of the peak that are reached, and what each call costs beside it."""
 
     train_mfu: float = assumed(0.37, "share of the peak in forward and backward", MEASURED)
-    forward_mfu: float = assumed(0.37, "share of the peak in prefill and reference", MEASURED)
+    forward_mfu: float = assumed(0.37, "share of the peak in prefill and reference", MEASURED + ": the reference")
     decode_mfu: float = assumed(0.40, "share of the peak in decoding where arithmetic bounds it", "ours")
     decode_bandwidth_share: float = assumed(0.60, "share of the memory bandwidth in decoding", "ours")
-    update_bandwidth_share: float = assumed(0.60, "share of the memory bandwidth in the optimizer", MEASURED)
-    layer_overhead_us: float = assumed(130.0, "decoding: small kernels of a layer, microseconds", MEASURED)
+    update_bandwidth_share: float = assumed(
+        0.23, "share of the memory bandwidth in the optimizer", MEASURED + ": torch's Adam"
+    )
+    layer_overhead_us: float = assumed(130.0, "decoding by CUDA graphs: small kernels of a layer, us", MEASURED)
+    eager_layer_overhead_us: float = assumed(440.0, "decoding without them: kernel starts of a layer, us", MEASURED)
+    server_layer_overhead_us: float = assumed(40.0, "decoding on a vLLM server: kernels of a layer, us", "ours")
     tp_latency_us: float = assumed(15.0, "decoding: one reduction over TP, microseconds; two a layer", "ours")
     token_overhead_us: float = assumed(200.0, "decoding: sampling of one token of all rows, microseconds", "ours")
     row_padding: float = assumed(1.0, "width of the trained rows over their length", "ours: rows of like length meet")

@@ -83,6 +83,7 @@ def _step(data: Mapping[str, Any], point: Mapping[str, Any]) -> MeasuredStep:
         rollout_batch_size=data["rollout_batch_size"],
         # Files that do not tell are of the time in which all rows passed the stages together.
         rollout_pipeline_groups=data.get("rollout_pipeline_groups", 1),
+        rollout_cuda_graph=data.get("rollout_cuda_graph"),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         sequence_parallel=data["sequence_parallel"] and tp > 1,

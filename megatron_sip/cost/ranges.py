@@ -11,7 +11,8 @@ from megatron_sip.config.fields import flag_of
 
 _MAY_BE_ZERO = (
     *("num_rollouts", "rollout_gpus", "judge_lag", "quality_weight", "safety_weight", "factuality_weight"),
-    *("layer_overhead_us", "tp_latency_us", "token_overhead_us", "judge_token_overhead_ms", "judge_cache_kb"),
+    *("layer_overhead_us", "eager_layer_overhead_us", "server_layer_overhead_us", "tp_latency_us"),
+    *("token_overhead_us", "judge_token_overhead_ms", "judge_cache_kb"),
     *("memory_reserve", "overlap_loss"),
 )
 _AT_MOST_ONE = (

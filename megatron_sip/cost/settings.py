@@ -51,6 +51,9 @@ class RunSettings:
     rollout_pipeline_groups: int | None = setting(
         RolloutConfig.rollout_pipeline_groups, "groups of rows that fill the stages in rollouts; none: as many as PP"
     )
+    rollout_cuda_graph: bool | None = setting(
+        RolloutConfig.rollout_cuda_graph, "decode by CUDA graphs; none: at TP 1 and PP 1"
+    )
     reference_update_interval: int = setting(ReferenceConfig.reference_update_interval, "steps between updates")
     shared_prefix: bool = setting(True, "one row [prefix | chosen | rejected], else a row for each candidate")
     prefill_once: bool = setting(True, "a prefix is prefilled once, and its cache kept once, for its K rollouts")
@@ -64,6 +67,11 @@ class RunSettings:
     def model_parallel(self) -> int:
         """GPUs that hold one copy of the policy."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def by_graphs(self) -> bool:
+        """Whether the trainer decodes by CUDA graphs."""
+        return self.model_parallel == 1 if self.rollout_cuda_graph is None else self.rollout_cuda_graph
 
     @property
     def budget_tokens_per_step(self) -> int:

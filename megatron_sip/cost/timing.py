@@ -38,14 +38,17 @@ class PolicySeconds:
         return self.weight_push + self.prefill + self.decode
 
 
-def rates(cluster: Cluster, efficiency: Efficiency, tp: int) -> dict[str, PartRate]:
-    """The speeds of a GPU in each part. The shares of the peak hold for attention too."""
+def rates(run: RunSettings, cluster: Cluster, efficiency: Efficiency, tp: int) -> dict[str, PartRate]:
+    """The speeds of a GPU in each part; `tp` is that of the rollouts. The shares of the peak hold for attention too."""
     peak, memory = 1e12 * cluster.peak_tflops, 1e12 * cluster.memory_bandwidth_tb
 
     def at(share: float) -> PartRate:
         return PartRate(dense=peak * share, attention=peak * share)
 
-    latency = efficiency.layer_overhead_us + (2 * efficiency.tp_latency_us if tp > 1 else 0)
+    layer = efficiency.layer_overhead_us if run.by_graphs else efficiency.eager_layer_overhead_us
+    if run.rollout_engine == "vllm":
+        layer = efficiency.server_layer_overhead_us
+    latency = layer + (2 * efficiency.tp_latency_us if tp > 1 else 0)
     decode = PartRate(
         dense=peak * efficiency.decode_mfu,
         attention=peak * efficiency.decode_mfu,
@@ -67,7 +70,7 @@ def policy_seconds(
     training = spread_of_training(run, cluster.gpus)
     waves = -(-run.global_batch_size // (training.dp * memory.wave)) if run.rollout_engine == "megatron" else 1
     parts, rollouts = step_parts(model, run, cluster.gpus, waves), spread_of_rollouts(run, cluster.gpus, waves)
-    speed = rates(cluster, efficiency, rollouts.tp)
+    speed = rates(run, cluster, efficiency, rollouts.tp)
     padded = efficiency.row_padding
     train = speed["train"].seconds(parts.train) * padded
     parameters = memory.gradients / FLOAT

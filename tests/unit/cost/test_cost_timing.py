@@ -18,7 +18,13 @@ from megatron_sip.cost.timing import PolicySeconds, policy_seconds
 from megatron_sip.model.lm_head import VocabularyPart
 
 RUN = RunSettings()
-FREE = Efficiency(layer_overhead_us=0, tp_latency_us=0, token_overhead_us=0)
+FREE = Efficiency(
+    layer_overhead_us=0,
+    eager_layer_overhead_us=0,
+    server_layer_overhead_us=0,
+    tp_latency_us=0,
+    token_overhead_us=0,
+)
 
 
 def seconds(run: RunSettings, cluster: Cluster, efficiency: Efficiency = FREE) -> PolicySeconds:
@@ -82,7 +88,7 @@ def test_decoding_of_few_rows_reads_the_weights_once_a_token() -> None:
 def test_decoding_of_many_rows_is_bound_by_arithmetic() -> None:
     many = replace(RUN, num_rollouts=16, global_batch_size=64 * 256, prefix_length=1)
     parts = step_parts(LLAMA_1B4, many, 64, waves=1)
-    assert parts.decode.dense / (989e12 * 0.4) > parts.decode.dense_bytes / (3.35e12 * 0.6)
+    assert parts.decode.dense / (989e12 * 0.4) > parts.decode.dense_bytes / (3.35e12 * 0.23)
 
 
 def test_a_prefix_is_read_once_for_its_rollouts_by_our_engine_and_for_each_by_vllm() -> None:
@@ -156,7 +162,7 @@ def test_what_moves_data_only() -> None:
     assert found.gradient_reduce == pytest.approx(2 * bytes_fp32 * 63 / 64 / 50e9, rel=1e-3)
     assert found.reference_swap == pytest.approx(bytes_fp32 / 50e9, rel=1e-3)
     assert found.reference_update == pytest.approx(found.reference_swap * 2 / 10)
-    assert found.optimizer == pytest.approx(34 * LLAMA_1B4.parameters / (3.35e12 * 0.6), rel=1e-3)
+    assert found.optimizer == pytest.approx(34 * LLAMA_1B4.parameters / (3.35e12 * 0.23), rel=1e-3)
     hidden = seconds(replace(RUN, overlap_grad_reduce=True), PAPER.cluster).gradient_reduce
     assert 0 < hidden < found.gradient_reduce
     pushed = seconds(replace(RUN, rollout_engine="vllm", rollout_gpus=8), PAPER.cluster)
@@ -176,6 +182,16 @@ def test_the_parts_sum_to_the_whole_and_each_overhead_is_counted() -> None:
     slow = seconds(RUN, PAPER.cluster, replace(FREE, layer_overhead_us=10, token_overhead_us=100, row_padding=1.5))
     assert slow.decode - base.decode == pytest.approx(128 * (24 * 10e-6 + 100e-6))
     assert slow.train == pytest.approx(1.5 * base.train)
+    server = {"rollout_engine": "vllm", "rollout_gpus": 8}
+    for run, name in (
+        (RUN, "layer_overhead_us"),
+        (replace(RUN, rollout_cuda_graph=False), "eager_layer_overhead_us"),
+        (replace(RUN, tensor_model_parallel_size=2), "eager_layer_overhead_us"),
+        (replace(RUN, tensor_model_parallel_size=2, rollout_cuda_graph=True), "layer_overhead_us"),
+        (replace(RUN, **server), "server_layer_overhead_us"),
+    ):
+        longer = seconds(run, PAPER.cluster, replace(FREE, **{name: 10})).decode - seconds(run, PAPER.cluster).decode
+        assert longer == pytest.approx(128 * 24 * 10e-6), name
     tensor = replace(RUN, tensor_model_parallel_size=8)
     with_latency = replace(FREE, tp_latency_us=5)
     difference = seconds(tensor, PAPER.cluster, with_latency).decode - seconds(tensor, PAPER.cluster).decode
