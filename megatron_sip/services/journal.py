@@ -87,7 +87,10 @@ class Journal:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._look_up, keys, wanted)
 
     async def append(self, entries: Sequence[Entry]) -> None:
-        """Write down answers; they are on disk when this returns, and soon after if it is cancelled.
+        """Write down answers; they are on disk when this returns.
+
+        Where it is cancelled they are written all the same, and nobody hears of a disk that refuses: they are asked
+        for again then.
 
         Raises:
             CheckpointError: the disk refuses.

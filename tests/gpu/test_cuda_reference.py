@@ -56,3 +56,22 @@ def test_comes_ahead_in_the_format_of_the_policy_and_is_no_older_than_asked_for(
     for name, tensor in lent().items():
         assert torch.equal(tensor, policy.get_parameter(name).cpu()), "what was under way is not the new average"
     assert own == {name: parameter.data_ptr() for name, parameter in policy.named_parameters()}
+
+
+def test_is_on_its_way_when_asked_for_and_given_up_whole() -> None:
+    policy = torch.nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    reference = ReferencePolicy(policy, ReferenceConfig(reference="frozen"))
+    delivery = reference._delivery
+    assert delivery is not None
+    reference.come()
+    assert delivery._brought is not None
+    under_way = {name: tensor.data_ptr() for name, tensor in delivery._brought.items()}
+    with reference.in_place_of_policy():
+        assert {name: parameter.data_ptr() for name, parameter in policy.named_parameters()} == under_way
+    assert delivery._brought is None
+    torch.cuda._sleep(10**9)  # half a second in which the copies cannot begin
+    reference.come()
+    assert not delivery._stream.query(), "it goes on beside the host"
+    reference.stay()
+    assert delivery._stream.query(), "the host's tensors are not read any more"
+    assert delivery._brought is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -18,6 +20,27 @@ def policy(value: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.nn.L
 
 def settings(kind: str, interval: int = 2, decay: float = 0.75) -> ReferenceConfig:
     return ReferenceConfig(reference=kind, reference_update_interval=interval, reference_ema_decay=decay)  # type: ignore[arg-type]
+
+
+class FakeDelivery:
+    """Takes the place of the way to a GPU; what is under way has the values that it left with."""
+
+    def __init__(self) -> None:
+        self.under_way: dict[str, torch.Tensor] | None = None
+        self.begun = 0
+
+    def begin(self, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if self.under_way is None:
+            self.begun += 1
+            self.under_way = {name: host.to(like.dtype, copy=True) for name, (host, like) in tensors.items()}
+
+    def take(self) -> dict[str, torch.Tensor]:
+        assert self.under_way is not None
+        taken, self.under_way = self.under_way, None
+        return taken
+
+    def drop(self) -> None:
+        self.under_way = None
 
 
 def value_of(reference: ReferencePolicy) -> float:
@@ -59,6 +82,31 @@ def test_lends_its_weights_and_gives_the_own_ones_back_even_after_an_error() -> 
         raise RuntimeError("broken")
     assert float(module.weight[0, 0]) == 3.0
     assert module.weight.data_ptr() == own
+
+
+@pytest.mark.parametrize("kind", ["ema", "periodic", "frozen"])
+def test_what_is_under_way_to_a_gpu_is_used_once_and_given_up_where_the_reference_moves(kind: str) -> None:
+    module = policy(1.0)
+    reference = ReferencePolicy(module, settings(kind, interval=1))
+    reference._delivery = delivery = FakeDelivery()  # type: ignore[assignment]
+    reference.come()
+    reference.come()
+    with reference.in_place_of_policy():
+        assert float(module.weight[0, 0]) == 1.0
+    assert (delivery.begun, delivery.under_way) == (1, None)
+    torch.nn.init.constant_(module.weight, 5.0)
+    for move in (
+        reference.after_optimizer_step,
+        reference.copy_policy,
+        lambda: reference.load({"weight": torch.full((2, 2), 7.0)}, 4),
+    ):
+        reference.come()
+        move()
+        with reference.in_place_of_policy():
+            assert float(module.weight[0, 0]) == value_of(reference)
+    reference.come()
+    reference.stay()
+    assert delivery.under_way is None
 
 
 def test_refuses_sharded_main_weights_where_it_must_follow_them() -> None:
