@@ -88,7 +88,7 @@ def test_decoding_of_few_rows_reads_the_weights_once_a_token() -> None:
 def test_decoding_of_many_rows_is_bound_by_arithmetic() -> None:
     many = replace(RUN, num_rollouts=16, global_batch_size=64 * 256, prefix_length=1)
     parts = step_parts(LLAMA_1B4, many, 64, waves=1)
-    assert parts.decode.dense / (989e12 * 0.4) > parts.decode.dense_bytes / (3.35e12 * 0.23)
+    assert parts.decode.dense / (989e12 * 0.4) > parts.decode.dense_bytes / (3.35e12 * 0.6)
 
 
 def test_a_prefix_is_read_once_for_its_rollouts_by_our_engine_and_for_each_by_vllm() -> None:
